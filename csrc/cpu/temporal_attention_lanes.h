@@ -1,0 +1,202 @@
+// Moves (frames, dim) blocks of kWidth neighbouring positions between a tensor of any strides and lane scratch:
+// vectors [frame][dim] whose lane is the position, `row` vectors from a frame to the next.
+#pragma once
+
+#include "fastvdiff/temporal_attention.h"
+#include "simd.h"
+
+FASTVDIFF_BEGIN_ISA
+
+inline float* vec(float* scratch, int64_t index) { return scratch + index * kWidth; }
+inline const float* vec(const float* scratch, int64_t index) { return scratch + index * kWidth; }
+
+// Blocks that are read and written together, because they are neighbours in memory: of one head, kWidth positions on
+// from the last each, or of the same positions, a head on each.
+template <class T>
+struct Strip {
+  T* data;
+  int64_t stride_t, stride_s, stride_d;
+  int64_t stride_block;
+  int64_t positions;  // from the first one on
+  int blocks;
+  bool of_heads;
+
+  // Positions of block i that exist, at most kWidth.
+  int64_t lanes(int i) const {
+    const int64_t left = of_heads ? positions : positions - i * kWidth;
+    return left < kWidth ? left : kWidth;
+  }
+};
+
+// ---- four neighbouring dims of every position: 4 x kWidth transposes ----------------------------------------------
+
+constexpr int kDims = 4;
+
+// In each 128-bit lane of four vectors, the 4 x 4 transpose; it is its own inverse.
+inline void transpose_4x4(vf x[kDims]) {
+#if defined(__AVX512F__)
+  // The masked forms with all lanes on: gcc 12 takes the plain ones' undefined operand for an uninitialised variable.
+  const __m512 a = _mm512_maskz_unpacklo_ps(0xFFFF, (__m512)x[0], (__m512)x[1]);
+  const __m512 b = _mm512_maskz_unpackhi_ps(0xFFFF, (__m512)x[0], (__m512)x[1]);
+  const __m512 c = _mm512_maskz_unpacklo_ps(0xFFFF, (__m512)x[2], (__m512)x[3]);
+  const __m512 d = _mm512_maskz_unpackhi_ps(0xFFFF, (__m512)x[2], (__m512)x[3]);
+  x[0] = (vf)_mm512_maskz_unpacklo_pd(0xFF, (__m512d)a, (__m512d)c);
+  x[1] = (vf)_mm512_maskz_unpackhi_pd(0xFF, (__m512d)a, (__m512d)c);
+  x[2] = (vf)_mm512_maskz_unpacklo_pd(0xFF, (__m512d)b, (__m512d)d);
+  x[3] = (vf)_mm512_maskz_unpackhi_pd(0xFF, (__m512d)b, (__m512d)d);
+#elif defined(__AVX2__)
+  const __m256 a = _mm256_unpacklo_ps((__m256)x[0], (__m256)x[1]), b = _mm256_unpackhi_ps((__m256)x[0], (__m256)x[1]);
+  const __m256 c = _mm256_unpacklo_ps((__m256)x[2], (__m256)x[3]), d = _mm256_unpackhi_ps((__m256)x[2], (__m256)x[3]);
+  x[0] = (vf)_mm256_unpacklo_pd((__m256d)a, (__m256d)c), x[1] = (vf)_mm256_unpackhi_pd((__m256d)a, (__m256d)c);
+  x[2] = (vf)_mm256_unpacklo_pd((__m256d)b, (__m256d)d), x[3] = (vf)_mm256_unpackhi_pd((__m256d)b, (__m256d)d);
+#else
+  for (int i = 0; i < kDims; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float t = x[i][j];
+      x[i][j] = x[j][i], x[j][i] = t;
+    }
+#endif
+}
+
+// Element groups of 4 from kWidth / 4 places, one after the other in a vector.
+inline vf load_4s(const float* const* from) {
+#if defined(__AVX512F__)
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(from[0]));
+  v = _mm512_maskz_insertf32x4(0xFFFF, v, _mm_loadu_ps(from[1]), 1);
+  v = _mm512_maskz_insertf32x4(0xFFFF, v, _mm_loadu_ps(from[2]), 2);
+  return (vf)_mm512_maskz_insertf32x4(0xFFFF, v, _mm_loadu_ps(from[3]), 3);
+#elif defined(__AVX2__)
+  return (vf)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from[0])), _mm_loadu_ps(from[1]), 1);
+#else
+  return load(from[0]);
+#endif
+}
+template <class T>
+inline vf load_4s(const T* const* from) {
+  typedef uint64_t packed __attribute__((vector_size(kWidth * 2)));
+  packed words;
+  for (int i = 0; i < kWidth / kDims; ++i) {
+    uint64_t word;
+    std::memcpy(&word, from[i], sizeof(word));
+    words[i] = word;
+  }
+  T halves[kWidth];
+  std::memcpy(halves, &words, sizeof(words));
+  return load(halves);
+}
+
+// ---- whole blocks -------------------------------------------------------------------------------------------------
+
+enum class Layout { lanes_next, dims_next, apart };
+
+template <class T>
+inline Layout layout_of(const Strip<T>& x, int64_t dim) {
+  if (x.stride_s == 1) return Layout::lanes_next;
+  return x.stride_d == 1 && dim >= kDims ? Layout::dims_next : Layout::apart;
+}
+
+template <class T>
+inline vf gather(const T* p, int64_t stride, int64_t lanes) {
+  float part[kWidth] = {};
+  for (int64_t i = 0; i < lanes; ++i) part[i] = to_float(p[i * stride]);
+  return load(part);
+}
+template <class T>
+inline void scatter(T* p, int64_t stride, int64_t lanes, vf v) {
+  float part[kWidth];
+  store(part, v);
+  for (int64_t i = 0; i < lanes; ++i) p[i * stride] = from_float<T>(part[i]);
+}
+
+// Runs f(t, d) in the order that walks memory forwards.
+template <class F>
+inline void walk(int64_t frames, int64_t dim, bool frames_inside, F&& f) {
+  if (frames_inside) {
+    for (int64_t d = 0; d < dim; ++d)
+      for (int64_t t = 0; t < frames; ++t) f(t, d);
+  } else {
+    for (int64_t t = 0; t < frames; ++t)
+      for (int64_t d = 0; d < dim; ++d) f(t, d);
+  }
+}
+
+// Reads the blocks of a strip into out, `size` vectors apart. Lanes past the last position hold zeros or another
+// position's values: arithmetic whose result no one reads.
+template <class T>
+void pack(const Strip<const T>& x, int64_t frames, int64_t dim, float* out, int64_t row, int64_t size) {
+  const Layout layout = layout_of(x, dim);
+  if (layout == Layout::lanes_next) {
+    walk(frames, dim, x.stride_t < x.stride_d, [&](int64_t t, int64_t d) {
+      const T* from = x.data + t * x.stride_t + d * x.stride_d;
+      for (int i = 0; i < x.blocks; ++i) {
+        const T* block = from + i * x.stride_block;
+        const int64_t lanes = x.lanes(i);
+        store(vec(out, i * size + t * row + d), lanes == kWidth ? load(block) : load_n(block, lanes));
+      }
+    });
+    return;
+  }
+  const int64_t quads = layout == Layout::dims_next ? dim / kDims * kDims : 0;
+  for (int64_t t = 0; t < frames; ++t) {
+    for (int i = 0; i < x.blocks; ++i) {
+      const int64_t lanes = x.lanes(i);
+      int64_t offset[kWidth];
+      for (int j = 0; j < kWidth; ++j) offset[j] = (j < lanes ? j : lanes - 1) * x.stride_s;
+      const T* from = x.data + t * x.stride_t + i * x.stride_block;
+      float* to = vec(out, i * size + t * row);
+      for (int64_t d = 0; d < quads; d += kDims) {
+        vf quad[kDims];
+        for (int j = 0; j < kDims; ++j) {
+          const T* places[kWidth / kDims];
+          for (int g = 0; g < kWidth / kDims; ++g) places[g] = from + offset[g * kDims + j] + d;
+          quad[j] = load_4s(places);
+        }
+        transpose_4x4(quad);
+        for (int j = 0; j < kDims; ++j) store(vec(to, d + j), quad[j]);
+      }
+      for (int64_t d = quads; d < dim; ++d) store(vec(to, d), gather(from + d * x.stride_d, x.stride_s, lanes));
+    }
+  }
+}
+
+// The way back: writes only the positions that exist.
+template <class T>
+void unpack(const Strip<T>& y, int64_t frames, int64_t dim, const float* in, int64_t row, int64_t size) {
+  const Layout layout = layout_of(y, dim);
+  if (layout == Layout::lanes_next) {
+    walk(frames, dim, y.stride_t < y.stride_d, [&](int64_t t, int64_t d) {
+      T* to = y.data + t * y.stride_t + d * y.stride_d;
+      for (int i = 0; i < y.blocks; ++i) {
+        const vf v = load(vec(in, i * size + t * row + d));
+        if (y.lanes(i) == kWidth)
+          store(to + i * y.stride_block, v);
+        else
+          store_n(to + i * y.stride_block, v, y.lanes(i));
+      }
+    });
+    return;
+  }
+  const int64_t quads = layout == Layout::dims_next ? dim / kDims * kDims : 0;
+  for (int64_t t = 0; t < frames; ++t) {
+    for (int i = 0; i < y.blocks; ++i) {
+      const int64_t lanes = y.lanes(i);
+      const float* from = vec(in, i * size + t * row);
+      T* to = y.data + t * y.stride_t + i * y.stride_block;
+      for (int64_t d = 0; d < quads; d += kDims) {
+        vf quad[kDims];
+        for (int j = 0; j < kDims; ++j) quad[j] = load(vec(from, d + j));
+        transpose_4x4(quad);
+        for (int j = 0; j < kDims; ++j) {
+          T part[kWidth];
+          store(part, quad[j]);
+          for (int64_t lane = j; lane < lanes; lane += kDims)
+            std::memcpy(to + lane * y.stride_s + d, part + lane - j, kDims * sizeof(T));
+        }
+      }
+      for (int64_t d = quads; d < dim; ++d)
+        scatter(to + d * y.stride_d, y.stride_s, lanes, load(vec(from, d)));
+    }
+  }
+}
+
+FASTVDIFF_END_ISA

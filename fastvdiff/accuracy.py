@@ -1,0 +1,27 @@
+"""How close a kernel has to be: its error against float64, next to what the eager expression in the same dtype loses.
+
+err = ||y - oracle|| / ||oracle||, the oracle being the reference on inputs upcast to float64. A kernel passes with
+err <= FORWARD_RATIO * err(eager) + FLOORS[dtype]; a gradient with GRADIENT_RATIO.
+"""
+
+from __future__ import annotations
+
+import torch
+
+FLOORS = {torch.float32: 2e-6, torch.float16: 3e-4, torch.bfloat16: 2e-3, torch.float64: 1e-12}
+FORWARD_RATIO = 1.1
+GRADIENT_RATIO = 1.5
+# A gradient that is exactly zero in theory (q and k at T = 1) is measured against the call's largest one.
+GRADIENT_SCALE = 0.01
+
+
+def relative_error(y: torch.Tensor, oracle: torch.Tensor, least_scale: float = 0.0) -> float:
+    """||y - oracle|| over ||oracle|| (at least `least_scale`), in float64; 0 for two empty or all-zero tensors."""
+    difference = float((y.detach().double() - oracle.double()).norm())
+    scale = max(float(oracle.double().norm()), least_scale)
+    return difference / scale if scale else difference
+
+
+def limit(baseline_error: float, dtype: torch.dtype, ratio: float = FORWARD_RATIO) -> float:
+    """The largest relative error that passes beside a baseline that loses `baseline_error` in `dtype`."""
+    return ratio * baseline_error + FLOORS[dtype]

@@ -1,0 +1,81 @@
+"""Example calls of every op: what `fastvdiff doctor` looks at and `fastvdiff verify` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One op call: `make(draw, big)` gives its arguments, small ones for accuracy or big ones for a race."""
+
+    op: str
+    label: str
+    make: Callable[[Draw, bool], Arguments]
+
+
+class Draw:
+    """Normal tensors of one dtype on one device, from one seed; floating ones take part in gradients."""
+
+    def __init__(self, dtype: torch.dtype, device: str, seed: int = 0) -> None:
+        self.dtype, self.device = dtype, device
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, std: float = 1.0, channels_last: bool = False) -> torch.Tensor:
+        """A leaf of this shape, channels_last_3d if asked."""
+        t = (torch.randn(shape, generator=self._generator) * std).to(self.dtype)
+        if channels_last:
+            t = t.contiguous(memory_format=torch.channels_last_3d)
+        return t.to(self.device).requires_grad_(True)
+
+
+def _group_norm_silu(draw: Draw, big: bool) -> Arguments:
+    b, c, t, s = (1, 64, 16, 32) if big else (2, 40, 3, 5)
+    return (draw(b, c, t, s, s, channels_last=True), 8, draw(c), draw(c)), {}
+
+
+def _group_norm_silu_modulated(draw: Draw, big: bool) -> Arguments:
+    (x, groups, weight, bias), _ = _group_norm_silu(draw, big)
+    b, c = x.shape[:2]
+    return (x, groups, weight, bias), {"scale": draw(b, c), "shift": draw(b, c)}
+
+
+def _temporal_attention(draw: Draw, big: bool) -> Arguments:
+    b, t, s, heads, d = (1, 16, 1024, 4, 32) if big else (1, 7, 9, 2, 40)
+    return tuple(draw(b, t, s, heads, d) for _ in range(3)), {}
+
+
+def _temporal_attention_biased(draw: Draw, big: bool) -> Arguments:
+    qkv, _ = _temporal_attention(draw, big)
+    t, heads = qkv[0].shape[1], qkv[0].shape[3]
+    return qkv, {"attn_bias": draw(heads, t, t)}
+
+
+def _temporal_attention_block(draw: Draw, big: bool) -> Arguments:
+    c, inner, heads, t, s = (64, 128, 4, 16, 32) if big else (24, 16, 2, 5, 3)
+    x = draw(1, c, t, s, s, channels_last=True)
+    q, k, v = (draw(inner, c, std=c**-0.5) for _ in range(3))
+    named = {"out_bias": draw(c), "norm_weight": draw(c), "norm_bias": draw(c)}
+    return (x, q, k, v, draw(c, inner, std=inner**-0.5)), {"heads": heads, **named}
+
+
+def _ddim_step(draw: Draw, big: bool) -> Arguments:
+    shape = (2, 4, 16, 128, 128) if big else (2, 4, 3, 5, 7)
+    named = {"uncond_output": draw(*shape), "guidance_scale": 7.5, "clip_sample": 1.0}
+    return (draw(*shape), draw(*shape), 0.5, 0.6), named
+
+
+EXAMPLES = (
+    Example("group_norm_silu", "GroupNorm + SiLU", _group_norm_silu),
+    Example("group_norm_silu", "GroupNorm + scale, shift + SiLU", _group_norm_silu_modulated),
+    Example("temporal_attention", "attention over 16 frames", _temporal_attention),
+    Example("temporal_attention", "with an additive bias", _temporal_attention_biased),
+    Example("temporal_attention_block", "norm, projections, attention, residual", _temporal_attention_block),
+    Example("ddim_step", "DDIM step, guidance and clip", _ddim_step),
+)

@@ -1,0 +1,157 @@
+"""`fastvdiff verify`: every kernel's accuracy and a short race on the user's own device, remembered for dispatch."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastvdiff import accuracy, dispatch, ops, verified
+
+from .examples import EXAMPLES, Draw, Example
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Outcome:
+    """What one implementation did on one example."""
+
+    example: Example
+    impl: str
+    failures: list[str]
+    eager_ms: tuple[float, float]  # forward, forward and backward
+    kernel_ms: tuple[float, float]
+
+
+def verify() -> None:
+    """Check every kernel against float64 on this machine, race it against eager, and remember what passed."""
+    console = Console()
+    table = Table(title=f"fastvdiff verify on {verified.device_name(_device())} ({torch.get_num_threads()} threads)")
+    for column in ("op", "example", "impl", "accuracy"):
+        table.add_column(column)
+    for column in ("eager ms", "kernel ms", "speed-up", "with backward"):
+        table.add_column(column, justify="right")
+    outcomes = []
+    with console.status("running every kernel against the reference"):
+        for example in EXAMPLES:
+            for impl in dispatch.ops()[example.op]:
+                if impl.name != "reference" and _runs_here(example, impl.name):
+                    outcomes.append(_outcome(example, impl.name))
+    for o in outcomes:
+        table.add_row(
+            o.example.op, o.example.label, o.impl, "; ".join(o.failures) or "passed",
+            f"{o.eager_ms[0]:.2f}", f"{o.kernel_ms[0]:.2f}",
+            f"{o.eager_ms[0] / o.kernel_ms[0]:.1f}x", f"{o.eager_ms[1] / o.kernel_ms[1]:.1f}x",
+        )  # fmt: skip
+    console.print(table)
+    failed = {f"{o.example.op}.{o.impl}" for o in outcomes if o.failures}
+    passed = {f"{o.example.op}.{o.impl}" for o in outcomes} - failed
+    file = verified.save(_device(), sorted(passed))
+    console.print("float32 times, medians of interleaved runs; eager is the same call with impl='reference'.")
+    console.print(f"What passed is kept in {file}")
+    if failed:
+        console.print(f"[red]failed: {', '.join(sorted(failed))}[/red]: not used by themselves on this machine")
+        raise typer.Exit(1)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _runs_here(example: Example, impl: str) -> bool:
+    args, kwargs = example.make(Draw(torch.float32, _device()), False)
+    try:
+        getattr(ops, example.op)(*args, **kwargs, impl=impl)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _outcome(example: Example, impl: str) -> Outcome:
+    failures = [f"{str(dtype)[6:]} {what}" for dtype in _DTYPES for what in _inaccurate(example, impl, dtype)]
+    args, kwargs = example.make(Draw(torch.float32, _device()), True)
+    run = getattr(ops, example.op)
+
+    def forward(name: str) -> Callable[[], Any]:
+        def call() -> None:
+            with torch.no_grad():
+                run(*args, **kwargs, impl=name)
+
+        return call
+
+    def training(name: str) -> Callable[[], Any]:
+        def call() -> None:
+            y = run(*args, **kwargs, impl=name)
+            y = y[0] if isinstance(y, tuple) else y
+            torch.autograd.grad(y.sum(), _leaves(args, kwargs))
+
+        return call
+
+    eager, kernel = _race(forward("reference"), forward(impl))
+    eager_training, kernel_training = _race(training("reference"), training(impl))
+    return Outcome(example, impl, failures, (eager, eager_training), (kernel, kernel_training))
+
+
+def _inaccurate(example: Example, impl: str, dtype: torch.dtype) -> Iterator[str]:
+    """The outputs and gradients of `impl` that are not as close to float64 as the contract asks."""
+    args, kwargs = example.make(Draw(dtype, _device()), False)
+    found = _values(example.op, args, kwargs, impl)
+    eager = _values(example.op, args, kwargs, "reference")
+    wide = [_upcast(a) for a in args], {k: _upcast(v) for k, v in kwargs.items()}
+    oracle = _values(example.op, *wide, "reference")
+    largest = max((float(t.norm()) for name, t in oracle.items() if name.startswith("gradient")), default=0.0)
+    for name, exact in oracle.items():
+        gradient = name.startswith("gradient")
+        least = accuracy.GRADIENT_SCALE * largest if gradient else 0.0
+        ratio = accuracy.GRADIENT_RATIO if gradient else accuracy.FORWARD_RATIO
+        allowed = accuracy.limit(accuracy.relative_error(eager[name], exact, least), dtype, ratio)
+        error = accuracy.relative_error(found[name], exact, least)
+        if not error <= allowed:  # a NaN fails too
+            yield f"{name}: error {error:.1e} > {allowed:.1e}"
+
+
+def _upcast(value: Any) -> Any:
+    return value.detach().double().requires_grad_(True) if isinstance(value, torch.Tensor) else value
+
+
+def _leaves(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    return [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+
+
+def _values(op: str, args: Any, kwargs: dict[str, Any], impl: str) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of one call, by name."""
+    result = getattr(ops, op)(*args, **kwargs, impl=impl)
+    outputs = result if isinstance(result, tuple) else (result,)
+    leaves = _leaves(args, kwargs)
+    cotangents = [torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape).to(torch.bfloat16) for y in outputs]
+    grads = torch.autograd.grad(outputs, leaves, [c.to(y.dtype) for c, y in zip(cotangents, outputs, strict=True)])
+    return {f"output {i}": y for i, y in enumerate(outputs)} | {f"gradient {i}": g for i, g in enumerate(grads)}
+
+
+def _race(eager: Callable[[], Any], kernel: Callable[[], Any], seconds: float = 0.6) -> tuple[float, float]:
+    """Median milliseconds of both, run in turn."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for call in (eager, kernel):
+        call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for call, taken in zip((eager, kernel), times, strict=True):
+            _synchronise()
+            start = time.perf_counter()
+            call()
+            _synchronise()
+            taken.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,127 @@
+"""group_norm_silu's CPU kernels (csrc/cpu/group_norm_silu.cpp)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import DTYPE_CODES, address, library, threads, wide
+
+_Optional = torch.Tensor | None
+_Strides = tuple[int, int, int]
+
+
+def forward(
+    x: torch.Tensor, num_groups: int, weight: _Optional, bias: _Optional, eps: float, scale: _Optional,
+    shift: _Optional, silu: bool, stats: _Optional,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The result, and the (B, G, 2) float32 mean and 1/std that the backward reads."""
+    y = torch.empty_like(x)
+    moments = torch.empty((x.shape[0], num_groups, 2), dtype=torch.float32)
+    if not x.numel():
+        return y, moments.zero_()
+    channels_last = _channels_last(y)
+    x_rows, x_strides = _rows(x, channels_last)
+    y_rows, y_strides = _rows(y, channels_last)
+    scale, shift, frames = _modulation(scale, shift)
+    weight, bias, stats = wide(weight), wide(bias), wide(stats)
+    sizes = (*x.shape[:2], math.prod(x.shape[2:]), num_groups, frames)
+    lib = library()
+    workspace = torch.empty(lib.group_norm_silu_workspace(sizes, x_strides), dtype=torch.float32)
+    lib.group_norm_silu_forward(
+        sizes, address(x_rows), x_strides, address(weight), address(bias), address(scale), address(shift),
+        address(moments), address(workspace), silu, DTYPE_CODES[x.dtype], threads(),
+        address(y_rows), y_strides, address(stats), eps,
+    )  # fmt: skip
+    return (y if y_rows is y else y.copy_(y_rows)), moments
+
+
+def backward(
+    grad: torch.Tensor, x: torch.Tensor, moments: torch.Tensor, num_groups: int, weight: _Optional, bias: _Optional,
+    scale: _Optional, shift: _Optional, silu: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Gradients of x, weight, bias, scale and shift; an empty tensor for a parameter that is None."""
+    dx = torch.empty_like(x)
+    parameters = (weight, bias, scale, shift)
+    if not x.numel():
+        zeros = (torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters if p is not None)
+        return dx, *(x.new_empty(0) if p is None else next(zeros) for p in parameters)
+    channels_last = _channels_last(dx)
+    (x_rows, x_strides), (dx_rows, dx_strides), (grad_rows, grad_strides) = (
+        _rows(t, channels_last) for t in (x, dx, grad)
+    )
+    wide_scale, wide_shift, frames = _modulation(scale, shift)
+    wide_weight, wide_bias = wide(weight), wide(bias)
+    grads = [None if p is None else torch.empty_like(p) for p in (wide_weight, wide_bias, wide_scale, wide_shift)]
+    sizes = (*x.shape[:2], math.prod(x.shape[2:]), num_groups, frames)
+    lib = library()
+    workspace = torch.empty(lib.group_norm_silu_workspace(sizes, x_strides), dtype=torch.float32)
+    lib.group_norm_silu_backward(
+        sizes, address(x_rows), x_strides, address(wide_weight), address(wide_bias), address(wide_scale),
+        address(wide_shift), address(moments), address(workspace), silu, DTYPE_CODES[x.dtype], threads(),
+        address(grad_rows), grad_strides, address(dx_rows), dx_strides, *(address(g) for g in grads),
+    )  # fmt: skip
+    return (
+        dx if dx_rows is dx else dx.copy_(dx_rows),
+        *(x.new_empty(0) if p is None else _as_parameter(g, p) for g, p in zip(grads, parameters, strict=True)),
+    )
+
+
+def _channels_last(t: torch.Tensor) -> bool:
+    """Whether the channel is t's fastest dimension (in doubt, with C = 1 or one position, no)."""
+    return t.stride(1) == 1 and t.shape[1] > 1 and not t.is_contiguous()
+
+
+def _rows(t: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor, _Strides]:
+    """t, or a copy where its strides do not allow it, and the strides of its (B, C, S) view.
+
+    The channel stride of that view is 1 if `channels_last`, else its position stride.
+    """
+    if not channels_last and t.is_contiguous():
+        row = math.prod(t.shape[2:])
+        return t, (t.shape[1] * row, row, 1)
+    strides = t.stride()
+    position = _position_stride(t.shape[2:], strides[2:])
+    if position is None or (strides[1] if channels_last else position) != 1:
+        return _rows(_copy(t, channels_last), channels_last)
+    return t, (strides[0], strides[1], position)
+
+
+def _position_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+    """The stride of spatial dimensions that walk memory as one, None where they do not, 1 for a single position."""
+    stride = None
+    expected = 0
+    for size, own in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if stride is None:
+            stride = own
+        elif own != expected:
+            return None
+        expected = own * size
+    return 1 if stride is None else stride
+
+
+def _copy(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """t in one of the two dense formats."""
+    if not channels_last:
+        return t.contiguous()
+    if t.dim() == 3:
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+    return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
+
+
+def _modulation(scale: _Optional, shift: _Optional) -> tuple[_Optional, _Optional, int]:
+    """scale and shift as (B, C, frames) float32, and the number of frames: 1 unless either is (B, C, T)."""
+    frames = max((p.shape[2] for p in (scale, shift) if p is not None and p.dim() == 3), default=1)
+    if frames > 1:
+        scale, shift = (p if p is None or p.dim() == 3 else p[..., None].expand(-1, -1, frames) for p in (scale, shift))
+    return wide(scale), wide(shift), frames
+
+
+def _as_parameter(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A float32 gradient in its parameter's shape and dtype; a (B, C) one sums over the frames it was spread over."""
+    if grad.dim() > parameter.dim():
+        grad = grad.sum(dim=2)
+    return grad.view(parameter.shape).to(parameter.dtype)

@@ -1,0 +1,30 @@
+"""Self-attention over the positions of each frame."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .attention import Attention
+from .tokens import from_tokens, to_tokens
+
+
+class SpatialAttention(Attention):
+    """Pre-norm self-attention over the H*W positions of every frame by itself, plus the input.
+
+    Equivalent to, with frames folded into the batch::
+
+        y = norm(x)                                              # (B*T, S, C)
+        x + to_out(F.scaled_dot_product_attention(to_q(y), to_k(y), to_v(y)))
+
+    Arguments as in `Attention`.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, T, H, W) -> (B, C, T, H, W)."""
+        self.check_video(x)
+        frames = to_tokens(x).flatten(0, 1)
+        normed = self.normed(frames)
+        q, k, v = (self.split_heads(project(normed)) for project in (self.to_q, self.to_k, self.to_v))
+        y = self.output(F.scaled_dot_product_attention(q, k, v))
+        return x + from_tokens(y.unflatten(0, (x.shape[0], x.shape[2])), *x.shape[3:])

@@ -1,0 +1,147 @@
+"""3-D convolution with padding on each side, bias per sample, residual and statistics for the next norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastvdiff import checks, dispatch
+from fastvdiff.reference.conv3d import conv3d as _reference
+from fastvdiff.reference.conv3d import output_sizes, paddings, triple
+
+from . import registration
+
+_OP = "conv3d"
+
+
+def conv3d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str | Sequence[str] = "zeros",
+    prefix: torch.Tensor | None = None,
+    channel_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    stats_groups: int = 0,
+    impl: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """3-D convolution (cross-correlation), with what usually stands around it.
+
+    Equivalent to::
+
+        h = F.pad(x, (w0, w1, h0, h1, t0, t1), mode)
+        y = F.conv3d(h, weight, bias, stride, 0, dilation, groups)
+        y = y + channel_bias        # over space, or over time and space
+        y = y + residual
+
+    Parameters are used in x's dtype; under autocast the result has autocast's dtype.
+
+    Args:
+        x: (B, C, T, H, W), float32, bfloat16, float16 or float64, any strides.
+        weight: (C_out, C / groups, kT, kH, kW), any floating dtype.
+        bias: (C_out,), any floating dtype, or None.
+        stride, dilation: one positive number, or one for each of (t, h, w).
+        padding: one number, (t, h, w), or (t0, t1, h0, h1, w0, w1) with the two sides of each dimension, so that
+            (k - 1, 0, ...) is causal in time; "same" (stride 1; an odd one goes behind) or "valid" (none).
+        groups: divides C and C_out.
+        padding_mode: "zeros" or "replicate" (the edge's values again), or one of them for each of (t, h, w).
+        prefix: (B, C, t0, H, W), the frames before x, in place of the front temporal padding: streamed decoding.
+        channel_bias: (B, C_out) or (B, C_out, T_out), any floating dtype.
+        residual: like the result, any floating dtype.
+        stats_groups: above 0, the statistics of the result in that many groups of channels come too.
+        impl: None, or the implementation to use, strictly: "reference".
+
+    Returns:
+        (B, C_out, T_out, H_out, W_out) in x's dtype; channels_last_3d if x or the weight is, else contiguous (where
+        both fit, C = 1 or T*H*W = 1, a tensor counts as contiguous). With `stats_groups` = G, a pair: that and
+        (B, G, 2) float32 (float64 for float64 inputs), mean and centred sum of squares of each group, constants to
+        autograd, as `group_norm_silu(stats=...)` takes them.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+        NotImplementedError: `impl` does not support the call.
+    """
+    check(_OP, x, weight, bias, stride, padding, dilation, groups, padding_mode, prefix, channel_bias, residual,
+          stats_groups)  # fmt: skip
+    x = x.to(registration.autocast_dtype(x))
+    facts = dispatch.facts_of(x, dispatch.needs_grad(x, weight, bias, prefix, channel_bias, residual))
+    chosen = dispatch.choose(_OP, facts, impl)
+    with registration.without_autocast(x):
+        return chosen.call(x, weight, bias, stride, padding, dilation, groups, padding_mode, prefix, channel_bias,
+                           residual, stats_groups)  # fmt: skip
+
+
+def check(
+    op: str, x: object, weight: object, bias: object, stride: object, padding: object, dilation: object,
+    groups: object, padding_mode: object, prefix: object, channel_bias: object, residual: object, stats_groups: object,
+) -> None:  # fmt: skip
+    """Every argument of a convolution, in the name of `op`."""
+    checks.tensor(op, "x", x)
+    checks.floating(op, "x", x)
+    if x.dim() != 5:
+        checks.fail(op, "x", "(B, C, T, H, W)", f"shape {tuple(x.shape)}")
+    batch, channels = x.shape[:2]
+    checks.tensor(op, "weight", weight)
+    if weight.dim() != 5 or 0 in weight.shape:
+        checks.fail(op, "weight", "(C_out, C / groups, kT, kH, kW), none of them 0", f"shape {tuple(weight.shape)}")
+    out_channels, kernel = weight.shape[0], tuple(weight.shape[2:])
+    if not isinstance(groups, int) or groups < 1 or channels % groups or out_channels % groups:
+        checks.fail(op, "groups", f"a divisor of C = {channels} and of C_out = {out_channels}", groups)
+    expected = (out_channels, channels // groups, *kernel)
+    checks.parameter(op, "weight", weight, x, "x", expected, symbols="(C_out, C / groups, kT, kH, kW)")
+    checks.parameter(op, "bias", bias, x, "x", (out_channels,), symbols="(C_out,)")
+    _check_numbers(op, "stride", stride, (3,), least=1)
+    _check_numbers(op, "dilation", dilation, (3,), least=1)
+    modes = _check_padding(op, padding, stride, padding_mode)
+
+    pads = paddings(padding, kernel, triple(dilation))
+    sizes = tuple(x.shape[2:])
+    for size, mode, first, last, name in zip(sizes, modes, pads[::2], pads[1::2], "THW", strict=True):
+        if mode == "replicate" and size == 0 and (first or last):
+            checks.fail(op, "x", f"{name} of at least 1, for padding_mode 'replicate' to repeat", 0)
+    if prefix is not None:
+        before = (batch, channels, pads[0], *sizes[1:])
+        checks.parameter(op, "prefix", prefix, x, "x", before, symbols="(B, C, t0, H, W)")
+    out_sizes = output_sizes(sizes, kernel, triple(stride), pads, triple(dilation))
+    if min(out_sizes) < 1:
+        checks.fail(op, "weight", f"a kernel that fits into the padded (T, H, W) of x = {sizes} with {pads}", kernel)
+    checks.parameter(op, "channel_bias", channel_bias, x, "x", (batch, out_channels),
+                     (batch, out_channels, out_sizes[0]), symbols="(B, C_out) or (B, C_out, T_out)")  # fmt: skip
+    checks.parameter(op, "residual", residual, x, "x", (batch, out_channels, *out_sizes),
+                     symbols="(B, C_out, T_out, H_out, W_out)")  # fmt: skip
+    if not isinstance(stats_groups, int) or stats_groups < 0 or (stats_groups and out_channels % stats_groups):
+        checks.fail(op, "stats_groups", f"0, or a divisor of C_out = {out_channels}", stats_groups)
+
+
+def _check_numbers(op: str, argument: str, value: object, lengths: tuple[int, ...], least: int) -> None:
+    """`value` is a whole number of at least `least`, or a sequence of them of one of the `lengths`."""
+    sequence = isinstance(value, Sequence) and not isinstance(value, str)
+    numbers = value if sequence else (value,)
+    whole = all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and n >= least for n in numbers)
+    if not whole or (sequence and len(value) not in lengths):
+        allowed = " or ".join(str(n) for n in lengths)
+        checks.fail(op, argument, f"a whole number >= {least}, or {allowed} of them", repr(value))
+
+
+def _check_padding(op: str, padding: object, stride: object, padding_mode: object) -> tuple[str, str, str]:
+    """The modes of (t, h, w)."""
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            checks.fail(op, "padding", "'same', 'valid', or numbers", repr(padding))
+        if padding == "same" and triple(stride) != (1, 1, 1):
+            checks.fail(op, "stride", "1 with padding='same'", stride)
+    else:
+        _check_numbers(op, "padding", padding, (3, 6), least=0)
+    modes = triple(padding_mode) if isinstance(padding_mode, (str, Sequence)) else ()
+    if len(modes) != 3 or any(mode not in ("zeros", "replicate") for mode in modes):
+        checks.fail(op, "padding_mode", "'zeros' or 'replicate', or 3 of them", repr(padding_mode))
+    return modes
+
+
+dispatch.register(_OP, dispatch.Impl("reference", lambda facts: None, _reference))

@@ -1,0 +1,1 @@
+"""What each op means: plain differentiable PyTorch, importing torch only. Read here first."""

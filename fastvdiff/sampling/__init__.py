@@ -1,0 +1,13 @@
+"""Sampling: pipelines from prompts to videos."""
+
+from .frames import to_frames, to_uint8
+from .text_to_video import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToVideoPipeline, VideoOutput
+
+__all__ = [
+    "DEFAULT_GUIDANCE",
+    "DEFAULT_STEPS",
+    "TextToVideoPipeline",
+    "VideoOutput",
+    "to_frames",
+    "to_uint8",
+]

@@ -1,0 +1,255 @@
+"""From a prompt to a video: text encoder, U-Net and scheduler in one object."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from tqdm import tqdm
+
+from fastvdiff.diffusion import DDIMScheduler, DDPMScheduler, draw_noise
+from fastvdiff.models import VideoUNet
+from fastvdiff.text import ByteTextEncoder
+
+from . import arguments, folder
+from .frames import to_frames
+
+DEFAULT_STEPS = 50
+DEFAULT_GUIDANCE = 3.0
+
+Callback = Callable[["TextToVideoPipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+
+
+@dataclass(frozen=True)
+class VideoOutput:
+    """What a pipeline returns: `frames` as `output_type` says, and the seed of each video (None with generators)."""
+
+    frames: Any
+    seeds: list[int] | None
+
+
+class TextToVideoPipeline:
+    """Samples videos from prompts with classifier-free guidance.
+
+    ```python
+    pipeline = TextToVideoPipeline.from_pretrained("tiny")
+    frames = pipeline("a red circle moving right", seed=7).frames          # (1, T, H, W, 3) in [0, 1]
+    ```
+
+    One denoising step is one U-Net evaluation on the conditional and unconditional halves together, and one fused
+    scheduler step that guides as it goes: the loop never waits for the device.
+
+    Args:
+        unet: its `cross_attention_dim` is the text encoder's `dim`.
+        text_encoder: see `fastvdiff.text.TextEncoder`; the empty prompt gives the unconditional embedding.
+        scheduler: DDIM, or DDPM for ancestral sampling.
+        num_frames, height, width, fps: of the clips that the model was trained on; the defaults of a call.
+
+    Raises:
+        TypeError, ValueError: a part or a size is not as above.
+    """
+
+    def __init__(
+        self,
+        unet: VideoUNet,
+        text_encoder: ByteTextEncoder,
+        scheduler: DDIMScheduler | DDPMScheduler,
+        *,
+        num_frames: int,
+        height: int,
+        width: int,
+        fps: float,
+    ) -> None:
+        if unet.config.cross_attention_dim != text_encoder.dim:
+            width = f"width {unet.config.cross_attention_dim} (the unet's cross_attention_dim)"
+            arguments.fail("text_encoder", width, text_encoder.dim)
+        self.unet, self.text_encoder, self.scheduler = unet, text_encoder, scheduler
+        self.num_frames = arguments.positive_int("num_frames", num_frames)
+        self.height = arguments.positive_int("height", height)
+        self.width = arguments.positive_int("width", width)
+        self.fps = arguments.number("fps", fps, least=1e-3)
+        self._step_arguments = set(inspect.signature(scheduler.step).parameters)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """The pipeline that `save_pretrained` wrote, or the one in the package, "tiny".
+
+        Every file is held to its hash first. device: None is the GPU where there is one. dtype: of the weights in
+        memory, whatever the files hold.
+
+        Raises FileNotFoundError for a name that is neither, `fastvdiff.sealed.DamagedError` (a ValueError) naming a
+        file that is missing, truncated or altered, ValueError for a folder of another kind.
+        """
+        parts = folder.load(folder.find(name))
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        parts["unet"].to(device, dtype)
+        parts["text_encoder"].to(device, dtype)
+        return cls(**parts)
+
+    def save_pretrained(
+        self, path: str | Path, *, dtype: torch.dtype | None = None, prompts: dict[str, Any] | None = None
+    ) -> None:
+        """Write the pipeline as a folder, whole or not at all; the files' hashes go in with it.
+
+        dtype: of the weights on the disk, such as torch.float16; None keeps theirs. prompts: what prompts the model was
+        trained on, plain values for the folder's `fastvdiff.json`.
+        """
+        folder.save(self, Path(path), dtype, prompts or {})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move the U-Net and the text encoder; returns the pipeline itself."""
+        for module in (self.unet, self.text_encoder):
+            module.to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net is."""
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the U-Net's weights, in which it runs; the samples between steps are float32 on a CPU."""
+        return self.unet.dtype
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = DEFAULT_STEPS,
+        guidance_scale: float | Sequence[float] | torch.Tensor = DEFAULT_GUIDANCE,
+        *,
+        guidance_rescale: float = 0.0,
+        eta: float = 0.0,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_videos_per_prompt: int = 1,
+        output_type: str = "np",
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        progress: bool = True,
+        return_dict: bool = True,
+    ) -> VideoOutput | tuple[Any]:
+        """Sample videos: for P prompts, B = P * num_videos_per_prompt of them, a prompt's videos side by side.
+
+        Args:
+            prompt: what to show, one or several.
+            negative_prompt: what guidance leads away from; None or "" is the learned unconditional embedding.
+            num_inference_steps: denoising steps, at most those of the training schedule.
+            guidance_scale: w in u + w (c - u); 1 turns guidance off (and halves the work), 0 ignores the prompt. A list
+                has one for each frame.
+            guidance_rescale: in [0, 1], pulls the spread of guided predictions back (arXiv:2305.08891, section 3.4).
+            eta: 0 for DDIM's deterministic path, 1 for as much noise as DDPM. DDPM schedulers take no eta.
+            seed: video i starts from seed + i, or from its own in a list; None draws one. A video is the same (up to
+                rounding) in whatever batch it is made.
+            generator: torch generators instead of a seed, one for all videos or one for each.
+            latents: the noise to start from, (B, C, T, H, W), instead of a drawn one.
+            num_frames, height, width: None: as the model was trained.
+            num_videos_per_prompt: videos of each prompt.
+            output_type: "np" float32 (B, T, H, W, C) in [0, 1]; "pt" float32 (B, C, T, H, W); "pil" lists of images.
+            callback_on_step_end: called as in diffusers, (pipeline, i, timestep, tensors) with the tensors named in
+                callback_on_step_end_tensor_inputs, "latents" and "prompt_embeds"; those in the dict that it returns
+                replace them.
+            progress: show a progress bar.
+            return_dict: True: an object with `.frames` and `.seeds`; False: the 1-tuple (frames,).
+
+        Raises:
+            ValueError, TypeError: an argument is not as above; the message names it.
+        """
+        prompts = arguments.prompts(prompt)
+        negatives = arguments.negative_prompts(negative_prompt, len(prompts))
+        per_prompt = arguments.positive_int("num_videos_per_prompt", num_videos_per_prompt)
+        frames = arguments.positive_int("num_frames", self.num_frames if num_frames is None else num_frames)
+        height = arguments.positive_int("height", self.height if height is None else height)
+        width = arguments.positive_int("width", self.width if width is None else width)
+        steps = arguments.steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
+        scale = arguments.guidance(guidance_scale, frames, self.device)
+        rescale = arguments.number("guidance_rescale", guidance_rescale, 0, 1)
+        output_type = arguments.output_type(output_type)
+        options = self._step_options(arguments.number("eta", eta, 0))
+        videos = len(prompts) * per_prompt
+        chosen_seeds, generators = arguments.seeds(seed, generator, videos)
+        shape = (videos, self.unet.config.in_channels, frames, height, width)
+        sample = arguments.initial_latents(latents, shape, generators, self.device, draw_noise)
+        sample = sample.float() * self.scheduler.init_noise_sigma
+
+        guided = isinstance(scale, torch.Tensor) or scale != 1.0
+        if guided:
+            options |= {"guidance_scale": scale, "guidance_rescale": rescale}
+        text, mask = self._encode(prompts, negatives if guided else [], per_prompt)
+        if "generator" in self._step_arguments:
+            options["generator"] = generators
+        callback = _StepCallback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+
+        # The timesteps stay on the host: what is looked up by them reaches the device as plain numbers.
+        self.scheduler.set_timesteps(steps)
+        for i, t in enumerate(tqdm(self.scheduler.timesteps.tolist(), disable=not progress, desc="sampling")):
+            output, uncond = self._predict(sample, t, text, mask, guided)
+            if uncond is not None:
+                options["uncond_output"] = uncond
+            sample = self.scheduler.step(output, t, sample, **options).prev_sample
+            if callback:
+                sample, text = callback(self, i, self.scheduler.timesteps[i], sample, text)
+        result = to_frames(sample, output_type)
+        return VideoOutput(result, chosen_seeds) if return_dict else (result,)
+
+    def _step_options(self, eta: float) -> dict[str, Any]:
+        """Arguments of the scheduler's step that stay the same for every step."""
+        if "eta" in self._step_arguments:
+            return {"eta": eta}
+        if eta != 0.0:
+            arguments.fail("eta", f"0, as {type(self.scheduler).__name__} has no eta", eta)
+        return {}
+
+    def _encode(self, prompts: list[str], negatives: list[str], per_prompt: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text and mask of all videos, the negative prompts' after the prompts': (B or 2B, L, D) and (B or 2B, L)."""
+        text, mask = self.text_encoder([*prompts, *negatives])
+        return text.repeat_interleave(per_prompt, 0), mask.repeat_interleave(per_prompt, 0)
+
+    def _predict(
+        self, sample: torch.Tensor, timestep: int, text: torch.Tensor, mask: torch.Tensor, guided: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The U-Net's prediction with the prompt, and with guidance the one without, each like `sample`."""
+        scaled = self.scheduler.scale_model_input(sample, timestep).to(self.dtype)
+        batch = torch.cat([scaled, scaled]) if guided else scaled
+        output = self.unet(batch, timestep, text, encoder_attention_mask=mask).to(sample.dtype)
+        if not guided:
+            return output, None
+        with_prompt, without = output.chunk(2)
+        return with_prompt, without
+
+
+class _StepCallback:
+    """The caller's function at the end of each step, which may replace the samples or the text."""
+
+    NAMES = ("latents", "prompt_embeds")
+
+    def __init__(self, function: Callback | None, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self.NAMES]
+        if unknown:
+            known = ", ".join(map(repr, self.NAMES))
+            arguments.fail("callback_on_step_end_tensor_inputs", f"some of {known}", repr(unknown[0]))
+        if function is not None and not callable(function):
+            arguments.fail("callback_on_step_end", "a function", type(function).__name__, TypeError)
+        self.function, self.names = function, tuple(names)
+
+    def __bool__(self) -> bool:
+        return self.function is not None
+
+    def __call__(
+        self, pipeline: TextToVideoPipeline, i: int, timestep: torch.Tensor, sample: torch.Tensor, text: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tensors = {"latents": sample, "prompt_embeds": text}
+        replaced = self.function(pipeline, i, timestep, {name: tensors[name] for name in self.names}) or {}
+        return replaced.get("latents", sample), replaced.get("prompt_embeds", text)

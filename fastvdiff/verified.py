@@ -1,0 +1,94 @@
+"""Where kernels are known to be right: what `fastvdiff verify` found on this machine, remembered between processes.
+
+The record holds only for the same version and the same compiled kernels; anything else counts as nothing found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ._version import __version__
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def architecture(device: str) -> str:
+    """The architecture of a device type: "x86_64" for a CPU, "sm_90" for a CUDA device."""
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return f"sm_{major}{minor}"
+    return platform.machine()
+
+
+def device_name(device: str) -> str:
+    """The device as its maker calls it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return _cpu_name() or platform.processor() or platform.machine()
+
+
+def _cpu_name() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+def path() -> Path:
+    """The file of outcomes, in the user's cache folder."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache_home) / "fastvdiff" / "verified.json"
+
+
+@cache
+def kernel_hash() -> str:
+    """A hash of the compiled module and of the Triton kernels' sources."""
+    kernels = next((d for d in (_PACKAGE / "kernels", _PACKAGE.parent / "kernels") if d.is_dir()), None)
+    files = [*sorted(_PACKAGE.glob("_C*.so")), *(sorted(kernels.glob("*.py")) if kernels else [])]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def load() -> frozenset[tuple[str, str]]:
+    """(device type, "op.impl") pairs that passed here; empty when the record is missing, unreadable or stale."""
+    try:
+        record = json.loads(path().read_text())
+        devices = record["devices"].items()
+        if (record["version"], record["kernels"]) != (__version__, kernel_hash()):
+            return frozenset()
+        return frozenset(
+            (device, name)
+            for device, entry in devices
+            if (device != "cuda" or torch.cuda.is_available()) and entry["name"] == device_name(device)
+            for name in entry["passed"]
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return frozenset()
+
+
+def save(device: str, passed: list[str]) -> Path:
+    """Record that these "op.impl" names passed on `device`, beside other devices' outcomes; returns the file."""
+    file = path()
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    entry = {"name": device_name(device), "passed": sorted(passed)}
+    try:
+        record = json.loads(file.read_text())
+        same = (record["version"], record["kernels"]) == (__version__, kernel_hash())
+        devices = record["devices"] if same else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        devices = {}
+    record = {"version": __version__, "kernels": kernel_hash(), "devices": {**devices, device: entry}}
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(aside, file)
+    return file

@@ -1,0 +1,1 @@
+"""Triton kernels of fastvdiff, imported as `fastvdiff.kernels` and only when an op chooses one."""
