@@ -155,6 +155,14 @@ def _conv3d() -> list[Case]:
             channels_last=True, target=1.0, compiled=False,
         )
     )  # fmt: skip
+    cases += _both(
+        (1.0, 1.0), op="norm_silu_conv3d", label="128x16x16x16 kernel 1x3x3",
+        tensors=_normal(x, (128,), (128,), (128, 128, 1, 3, 3), (128,)),
+        eager=lambda x, gamma, beta, weight, bias: eager.norm_silu_conv3d(x, 8, gamma, beta, weight, bias),
+        fast=lambda x, gamma, beta, weight, bias: ops.norm_silu_conv3d(
+            x, 8, gamma, beta, weight, bias, padding="same"
+        ),
+    )  # fmt: skip
     return cases
 
 

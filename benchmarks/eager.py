@@ -44,6 +44,11 @@ def conv3d(x: Any, weight: Any, bias: Any) -> torch.Tensor:
     return F.conv3d(x, weight, bias, padding=tuple(k // 2 for k in weight.shape[2:]))
 
 
+def norm_silu_conv3d(x: Any, groups: int, norm_weight: Any, norm_bias: Any, weight: Any, bias: Any) -> torch.Tensor:
+    """The norm, the activation and the convolution of a ResNet block, one after the other."""
+    return conv3d(group_norm_silu(x, groups, norm_weight, norm_bias), weight, bias)
+
+
 def resnet_tail(x: Any, weight: Any, bias: Any, channel_bias: Any, residual: Any) -> torch.Tensor:
     """A convolution with the time embedding and the shortcut of a ResNet block added."""
     return conv3d(x, weight, bias) + channel_bias[:, :, None, None, None] + residual

@@ -17,8 +17,9 @@ GRADIENT_SCALE = 0.01
 
 def relative_error(y: torch.Tensor, oracle: torch.Tensor, least_scale: float = 0.0) -> float:
     """||y - oracle|| over ||oracle|| (at least `least_scale`), in float64; 0 for two empty or all-zero tensors."""
-    difference = float((y.detach().double() - oracle.double()).norm())
-    scale = max(float(oracle.double().norm()), least_scale)
+    y, oracle = y.detach().double(), oracle.detach().double()
+    difference = float((y - oracle).norm())
+    scale = max(float(oracle.norm()), least_scale)
     return difference / scale if scale else difference
 
 

@@ -69,16 +69,16 @@ void step_run(const DdimStepParams& p, DdimTerms t, float scale, int64_t begin, 
   T* original = static_cast<T*>(p.original);
   const bool clipped = p.use_clipped_model_output;
   for_vectors(begin, end, [=](int64_t i, int64_t n) FASTVDIFF_INLINE {
-    const vf x = load_some(in.sample, i, n), output = in.guided(scale, i, n) * t.rescale;
+    const vf x = load_some(in.sample + i, n), output = in.guided(scale, i, n) * t.rescale;
     const vf x0 = clamp(original_of<kind>(t, x, output), t.limit) * t.per_limit;
     const vf epsilon = clipped ? (x - t.signal * x0) * t.per_spread : epsilon_of<kind>(t, x, output);
     vf y = t.of_original * x0 + t.of_epsilon * epsilon;
     if (noise)
-      y += t.sigma * load_some(noise, i, n);
+      y += t.sigma * load_some(noise + i, n);
     else if (drawn)
-      y += t.sigma * load_some(drawn, i - begin, n);
-    store_some(prev, i, y, n);
-    if (original) store_some(original, i, x0, n);
+      y += t.sigma * load_some(drawn + (i - begin), n);
+    store_some(prev + i, y, n);
+    if (original) store_some(original + i, x0, n);
   });
 }
 
@@ -126,10 +126,10 @@ void backward_run(const DdimStepParams& p, DdimTerms t, float scale, int64_t beg
   T* d_noise = static_cast<T*>(p.d_noise);
   const bool masked = t.limit < __builtin_inff(), clipped = p.use_clipped_model_output;
   for_vectors(begin, end, [=](int64_t i, int64_t n) FASTVDIFF_INLINE {
-    const vf g = grad_prev ? load_some(grad_prev, i, n) : vf{};
+    const vf g = grad_prev ? load_some(grad_prev + i, n) : vf{};
     const vf g_epsilon = t.of_epsilon * g;
     vf g_x0 = t.of_original * g, dx{}, doutput{};
-    if (grad_original) g_x0 += load_some(grad_original, i, n);
+    if (grad_original) g_x0 += load_some(grad_original + i, n);
     if (clipped) {
       g_x0 -= t.signal * t.per_spread * g_epsilon;
       dx = t.per_spread * g_epsilon;
@@ -141,8 +141,8 @@ void backward_run(const DdimStepParams& p, DdimTerms t, float scale, int64_t beg
       dx = t.spread * g_epsilon, doutput = t.signal * g_epsilon;
     }
     if (masked) {
-      const vf x0 = original_of<kind>(t, load_some(in.sample, i, n), in.guided(scale, i, n));
-      g_x0 = (x0 <= t.limit) & (x0 >= -t.limit) ? g_x0 : vf{};
+      const vf x0 = original_of<kind>(t, load_some(in.sample + i, n), in.guided(scale, i, n));
+      g_x0 = ((x0 <= t.limit) & (x0 >= -t.limit)) ? g_x0 : vf{};
     }
     if (kind == Prediction::epsilon) {
       dx += t.per_signal * g_x0, doutput -= t.spread * t.per_signal * g_x0;
@@ -151,10 +151,10 @@ void backward_run(const DdimStepParams& p, DdimTerms t, float scale, int64_t beg
     } else {
       dx += t.signal * g_x0, doutput -= t.spread * g_x0;
     }
-    if (d_sample) store_some(d_sample, i, dx, n);
-    if (d_output) store_some(d_output, i, scale * doutput, n);
-    if (d_uncond) store_some(d_uncond, i, (1.0f - scale) * doutput, n);
-    if (d_noise) store_some(d_noise, i, t.sigma * g, n);
+    if (d_sample) store_some(d_sample + i, dx, n);
+    if (d_output) store_some(d_output + i, scale * doutput, n);
+    if (d_uncond) store_some(d_uncond + i, (1.0f - scale) * doutput, n);
+    if (d_noise) store_some(d_noise + i, t.sigma * g, n);
   });
 }
 

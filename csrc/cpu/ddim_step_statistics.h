@@ -15,7 +15,8 @@ inline Moments moments_of(const float* values, int64_t n) {
   double sum = 0;
   for (int64_t i = 0; i < n; i += 256) {
     vf part{};
-    for_vectors(i, n < i + 256 ? n : i + 256, [&](int64_t j, int64_t m) FASTVDIFF_INLINE { part += load_some(values, j, m); });
+    for_vectors(i, n < i + 256 ? n : i + 256,
+                [&](int64_t j, int64_t m) FASTVDIFF_INLINE { part += load_some(values + j, m); });
     sum += sum_lanes(part);
   }
   const float mean = static_cast<float>(sum / static_cast<double>(n));
@@ -44,8 +45,8 @@ void rescale_factors(const DdimStepParams& p, float* factors, Moments* blocks) {
     const DdimInputs<T> in(p);
     for_runs(p, b, first, last, [&](int64_t begin, int64_t end, float scale) {
       for_vectors(begin, end, [=, &plain, &guided](int64_t i, int64_t n) FASTVDIFF_INLINE {
-        store_some(plain, i - first, load_some(in.output, base + i, n), n);
-        store_some(guided, i - first, in.guided(scale, base + i, n), n);
+        store_some(plain + (i - first), load_some(in.output + base + i, n), n);
+        store_some(guided + (i - first), in.guided(scale, base + i, n), n);
       });
     });
     Moments* out = blocks + 2 * (b * per_sample + first / kDdimBlock);
@@ -150,9 +151,9 @@ void dynamic_limits(const DdimStepParams& p, const float* factors, float* limits
       for_runs(p, b, begin_block * kDdimBlock, last, [&](int64_t begin, int64_t end, float scale) {
         const DdimInputs<T> in(p);
         for_vectors(begin, end, [=](int64_t i, int64_t n) FASTVDIFF_INLINE {
-          const vf x = load_some(in.sample, base + i, n);
+          const vf x = load_some(in.sample + base + i, n);
           const vf x0 = original_of<kind>(t, x, in.guided(scale, base + i, n) * t.rescale);
-          store_some(reinterpret_cast<float*>(magnitudes), i, bit_cast<vf>(bit_cast<vi>(x0) & 0x7FFFFFFF), n);
+          store_some(reinterpret_cast<float*>(magnitudes) + i, bit_cast<vf>(bit_cast<vi>(x0) & 0x7FFFFFFF), n);
         });
       });
     });

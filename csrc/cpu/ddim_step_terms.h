@@ -90,19 +90,6 @@ inline void for_runs(const DdimStepParams& p, int64_t b, int64_t first, int64_t 
   }
 }
 
-// n <= kWidth elements at base[i ...].
-template <class T>
-inline vf load_some(const T* base, int64_t i, int64_t n) {
-  return n == kWidth ? load(base + i) : load_n(base + i, n);
-}
-template <class T>
-inline void store_some(T* base, int64_t i, vf v, int64_t n) {
-  if (n == kWidth)
-    store(base + i, v);
-  else
-    store_n(base + i, v, n);
-}
-
 // What every pass reads, held by value: the compiler must assume that a store changes what a reference leads to.
 template <class T>
 struct DdimInputs {
@@ -116,21 +103,11 @@ struct DdimInputs {
         uncond(static_cast<const T*>(p.uncond_output)) {}
 
   vf guided(float scale, int64_t i, int64_t n) const {
-    const vf conditional = load_some(output, i, n);
+    const vf conditional = load_some(output + i, n);
     if (!uncond) return conditional;
-    const vf plain = load_some(uncond, i, n);
+    const vf plain = load_some(uncond + i, n);
     return plain + scale * (conditional - plain);
   }
 };
-
-// f(i, n) over [begin, end) in whole vectors and one partial one. f is to be inlined twice (FASTVDIFF_INLINE), so that
-// n is a constant in the loop.
-#define FASTVDIFF_INLINE __attribute__((always_inline))
-template <class F>
-inline void for_vectors(int64_t begin, int64_t end, F&& f) {
-  int64_t i = begin;
-  for (; i + kWidth <= end; i += kWidth) f(i, static_cast<int64_t>(kWidth));
-  if (i < end) f(i, end - i);
-}
 
 FASTVDIFF_END_ISA

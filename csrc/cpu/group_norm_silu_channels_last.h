@@ -9,26 +9,6 @@ namespace {
 constexpr int64_t kPanel = 1024;  // channels whose sums a block keeps on its stack
 constexpr int64_t kFirst = 8;     // positions whose mean a block's values are summed around
 
-template <class T>
-inline vf load_lanes(const T* p, int64_t lanes) {
-  return lanes == kWidth ? load(p) : load_n(p, lanes);
-}
-template <class T>
-inline void store_lanes(T* p, vf v, int64_t lanes) {
-  if (lanes == kWidth)
-    store(p, v);
-  else
-    store_n(p, v, lanes);
-}
-
-// f(first channel, lanes) for each vector of `width` channels.
-template <class F>
-inline void each_vector(int64_t width, F f) {
-  int64_t c = 0;
-  for (; c + kWidth <= width; c += kWidth) f(c, int64_t{kWidth});
-  if (c < width) f(c, width - c);
-}
-
 template <int kCount>
 struct Count {
   static constexpr int value = kCount;
@@ -89,19 +69,19 @@ struct ChannelsLast {
     for (int64_t first = 0; first < p.channels; first += kPanel) {
       const int64_t width = min_of(kPanel, p.channels - first), some = min_of(kFirst, k.rows);
       const T* x = x_at(k) + first;
-      each_vector(width, [&](int64_t c, int64_t lanes) {
+      for_vectors(0, width, [&](int64_t c, int64_t lanes) {
         vf s = {};
-        for (int64_t r = 0; r < some; ++r) s += load_lanes(x + r * p.stride_xs + c, lanes);
+        for (int64_t r = 0; r < some; ++r) s += load_some(x + r * p.stride_xs + c, lanes);
         store(centre + c, s * (1.0f / static_cast<float>(some)));
         store(sum + c, vf{});
         store(square + c, vf{});
       });
       each_step(k.rows, narrow(), [&](auto count, int64_t r) {
-        each_vector(width, [&](int64_t c, int64_t lanes) {
+        for_vectors(0, width, [&](int64_t c, int64_t lanes) {
           const vf about = load(centre + c);
           vf s = {}, q = {};
           for (int i = 0; i < count.value; ++i) {
-            const vf d = load_lanes(x + (r + i) * p.stride_xs + c, lanes) - about;
+            const vf d = load_some(x + (r + i) * p.stride_xs + c, lanes) - about;
             s += d;
             q += d * d;
           }
@@ -163,18 +143,18 @@ struct ChannelsLast {
   }
 
   Affine<vf> affine_of(const float* k, int64_t lanes) const {
-    return {load_lanes(k, lanes), load_lanes(k + p.channels, lanes), load_lanes(k + 2 * p.channels, lanes)};
+    return {load_some(k, lanes), load_some(k + p.channels, lanes), load_some(k + 2 * p.channels, lanes)};
   }
 
   void forward_block(const Block& k, const float* coefficients) const {
     const T* x = x_at(k);
     T* y = out_at(p.y, k);
     each_step(k.rows, narrow(), [&](auto count, int64_t r) {
-      each_vector(p.channels, [&](int64_t c, int64_t lanes) {
+      for_vectors(0, p.channels, [&](int64_t c, int64_t lanes) {
         const Affine<vf> v = affine_of(coefficients + c, lanes);
         for (int64_t i = r; i < r + count.value; ++i)
-          store_lanes(y + i * p.stride_ys + c, forward_value<kSilu>(load_lanes(x + i * p.stride_xs + c, lanes), v),
-                      lanes);
+          store_some(y + i * p.stride_ys + c, forward_value<kSilu>(load_some(x + i * p.stride_xs + c, lanes), v),
+                     lanes);
       });
     });
   }
@@ -185,17 +165,17 @@ struct ChannelsLast {
     const T* grad = grad_at(k);
     for (int64_t c = 0; c < p.channels; ++c) plain[c] = centred_sum[c] = 0;
     each_step(k.rows, narrow(), [&](auto count, int64_t r) {
-      each_vector(p.channels, [&](int64_t c, int64_t lanes) {
+      for_vectors(0, p.channels, [&](int64_t c, int64_t lanes) {
         const Affine<vf> v = affine_of(coefficients + c, lanes);
         vf s = {}, q = {};
         for (int64_t i = r; i < r + count.value; ++i) {
-          const vf centred = load_lanes(x + i * p.stride_xs + c, lanes) - v.mean;
-          const vf dz = gradient_value<kSilu>(centred, load_lanes(grad + i * p.stride_gs + c, lanes), v);
+          const vf centred = load_some(x + i * p.stride_xs + c, lanes) - v.mean;
+          const vf dz = gradient_value<kSilu>(centred, load_some(grad + i * p.stride_gs + c, lanes), v);
           s += dz;
           q += dz * centred;
         }
-        store_lanes(plain + c, load_lanes(plain + c, lanes) + s, lanes);
-        store_lanes(centred_sum + c, load_lanes(centred_sum + c, lanes) + q, lanes);
+        store_some(plain + c, load_some(plain + c, lanes) + s, lanes);
+        store_some(centred_sum + c, load_some(centred_sum + c, lanes) + q, lanes);
       });
     });
   }
@@ -205,14 +185,14 @@ struct ChannelsLast {
     const T* grad = grad_at(k);
     T* dx = out_at(p.dx, k);
     each_step(k.rows, narrow(), [&](auto count, int64_t r) {
-      each_vector(p.channels, [&](int64_t c, int64_t lanes) {
+      for_vectors(0, p.channels, [&](int64_t c, int64_t lanes) {
         const Affine<vf> v = affine_of(coefficients + c, lanes);
-        const vf constant = load_lanes(coefficients + 3 * p.channels + c, lanes);
-        const vf slope = load_lanes(coefficients + 4 * p.channels + c, lanes);
+        const vf constant = load_some(coefficients + 3 * p.channels + c, lanes);
+        const vf slope = load_some(coefficients + 4 * p.channels + c, lanes);
         for (int64_t i = r; i < r + count.value; ++i) {
-          const vf centred = load_lanes(x + i * p.stride_xs + c, lanes) - v.mean;
-          const vf dz = gradient_value<kSilu>(centred, load_lanes(grad + i * p.stride_gs + c, lanes), v);
-          store_lanes(dx + i * p.stride_ys + c, dz * v.a - (centred * slope + constant), lanes);
+          const vf centred = load_some(x + i * p.stride_xs + c, lanes) - v.mean;
+          const vf dz = gradient_value<kSilu>(centred, load_some(grad + i * p.stride_gs + c, lanes), v);
+          store_some(dx + i * p.stride_ys + c, dz * v.a - (centred * slope + constant), lanes);
         }
       });
     });

@@ -40,17 +40,6 @@ inline void philox(vu block_low, vu block_high, uint64_t seed, vu words[4]) {
   words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
 }
 
-inline vf square_root(vf x) {
-#if defined(__AVX512F__)
-  return bit_cast<vf>(_mm512_maskz_sqrt_ps(0xFFFF, bit_cast<__m512>(x)));
-#elif defined(__AVX2__)
-  return bit_cast<vf>(_mm256_sqrt_ps(bit_cast<__m256>(x)));
-#else
-  for (int i = 0; i < kWidth; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
-#endif
-}
-
 // ln x for x in (0, 1], normal: x = m 2^e with m in [sqrt(1/2), sqrt(2)), a degree-9 polynomial for ln m.
 inline vf log_of_uniform(vf x) {
   const vi bits = bit_cast<vi>(x) - 0x3F3504F3;

@@ -23,6 +23,8 @@ FASTVDIFF_BEGIN_ISA
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
+// For the masked forms of intrinsics: gcc 12 takes the plain ones' undefined operand for an uninitialised variable.
+constexpr __mmask16 kAllLanes = 0xFFFF;
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
 #else
@@ -61,6 +63,17 @@ inline vf vmin(vf a, vf b) { return bit_cast<vf>(_mm512_min_ps(bit_cast<__m512>(
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 inline vf vmin(vf a, vf b) { return a < b ? a : b; }
 #endif
+
+inline vf square_root(vf x) {
+#if defined(__AVX512F__)
+  return bit_cast<vf>(_mm512_maskz_sqrt_ps(kAllLanes, bit_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return bit_cast<vf>(_mm256_sqrt_ps(bit_cast<__m256>(x)));
+#else
+  for (int i = 0; i < kWidth; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
 
 // ---- scalar conversions -------------------------------------------------------------------------------------------
 
@@ -122,7 +135,7 @@ inline void store(bf16* p, vf v) {
 
 inline vf load(const f16* p) {
 #if defined(__AVX512F__)
-  return bit_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return bit_cast<vf>(_mm512_maskz_cvtph_ps(kAllLanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
   return bit_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
@@ -134,7 +147,8 @@ inline vf load(const f16* p) {
 inline void store(f16* p, vf v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+                      _mm512_maskz_cvtps_ph(kAllLanes, bit_cast<__m512>(v),
+                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -184,6 +198,29 @@ inline vf keep_n(vf v, int64_t n) {
 }
 #endif
 
+// Mostly whole vectors: those take the plain instructions.
+template <class T>
+inline vf load_some(const T* p, int64_t n) {
+  return n == kWidth ? load(p) : load_n(p, n);
+}
+template <class T>
+inline void store_some(T* p, vf v, int64_t n) {
+  if (n == kWidth)
+    store(p, v);
+  else
+    store_n(p, v, n);
+}
+
+// f(i, n) over [begin, end) in whole vectors and one partial one. f is to be inlined twice, so that n is a constant in
+// the loop; FASTVDIFF_INLINE after a lambda's parameters sees to that where the compiler would not.
+#define FASTVDIFF_INLINE __attribute__((always_inline))
+template <class F>
+inline void for_vectors(int64_t begin, int64_t end, F&& f) {
+  int64_t i = begin;
+  for (; i + kWidth <= end; i += kWidth) f(i, static_cast<int64_t>(kWidth));
+  if (i < end) f(i, end - i);
+}
+
 inline float sum_lanes(vf v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(bit_cast<__m512>(v));
@@ -204,19 +241,23 @@ inline vf round_small(vf a) {
   return (a + magic) - magic;
 }
 
-// e^x within 1 ulp: x = n ln 2 + r, a polynomial for e^r, and a scaling by 2^n that overflows to inf and falls to 0
-// through the subnormals. NaN stays NaN: vmin and vmax hand it on.
-inline vf exp(vf x) {
-  const vf clamped = vmin(splat(89.0f), vmax(splat(-104.0f), x));
-  const vf n = round_small(clamped * 1.44269504088896341f);
-  vf r = clamped - n * 0.693359375f;  // ln 2 in two parts; the product with the first is exact
+// x = n ln 2 + r with whole n, for |x| < 2^21: e^r, so that e^x is e^r 2^n within 1 ulp.
+inline vf exp_remainder(vf x, vf& n) {
+  n = round_small(x * 1.44269504088896341f);
+  vf r = x - n * 0.693359375f;  // ln 2 in two parts; the product with the first is exact
   r = r - n * -2.12194440e-4f;
   vf p = splat(1.381416275e-3f);
   p = p * r + 8.368927209e-3f;
   p = p * r + 4.166840850e-2f;
   p = p * r + 1.666651889e-1f;
   p = p * r + 4.999999333e-1f;
-  p = p * (r * r) + r + 1.0f;
+  return p * (r * r) + r + 1.0f;
+}
+
+// e^x within 1 ulp, overflowing to inf and falling to 0 through the subnormals. NaN stays NaN: vmin and vmax pass it.
+inline vf exp(vf x) {
+  vf n;
+  const vf p = exp_remainder(vmin(splat(89.0f), vmax(splat(-104.0f), x)), n);
 #if defined(__AVX512F__)
   return bit_cast<vf>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(n)));
 #else

@@ -22,7 +22,6 @@ namespace {
 constexpr int kMaxBlocks = 4;                     // of a strip: neighbouring cache lines are read together
 constexpr int64_t kStripFloats = 384 * 1024 / 4;  // what a strip may take of a core's L2
 constexpr int64_t kMaxChunks = 64;                // partial sums of dbias per head
-constexpr int64_t kAlign = 16;                    // floats of a cache line
 
 // How a call is cut up, from its sizes alone. `backward` calls have p.grad.
 struct Plan {
@@ -65,7 +64,7 @@ struct Plan {
     per_chunk = p.dbias ? (items + kMaxChunks - 1) / kMaxChunks : 1;
     chunks = (items + per_chunk - 1) / per_chunk;
     matrix = (backward ? p.frames : kTileRows) * key_row;
-    table = (p.frames * p.keys + kAlign - 1) / kAlign * kAlign;
+    table = whole_lines(p.frames * p.keys);
     partials = p.dbias ? chunks * p.heads * p.frames * p.keys : 0;
     worker = (tensors * blocks * size + (backward ? 2 + heads() : 1) * matrix) * kWidth + heads() * table;
   }
@@ -84,23 +83,11 @@ struct Scratch {
   }
 };
 
-inline float* aligned(float* p) {
-  const uintptr_t bytes = kAlign * sizeof(float);
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + bytes - 1) / bytes * bytes);
-}
-
-// A strip's place: sample, first head, first position.
-struct Item {
-  int64_t b, h, s;
-};
-
 template <class T>
-Strip<T> strip_at(const TemporalAttentionParams& p, const Plan& plan, const FrameView& x, const Item& at) {
+Strip<T> strip_at(const TemporalAttentionParams& p, const Plan& plan, const FrameView& x, const Place& at) {
   const int64_t positions = p.positions - at.s;
   const int64_t left = plan.of_heads ? p.heads - at.h : (positions + kWidth - 1) / kWidth;
-  T* data = static_cast<T*>(x.data) + at.b * x.stride_b + at.h * x.stride_h + at.s * x.stride_s;
-  return {data, x.stride_t, x.stride_s, x.stride_d, plan.of_heads ? x.stride_h : kWidth * x.stride_s, positions,
-          left < plan.blocks ? static_cast<int>(left) : plan.blocks, plan.of_heads};
+  return Strip<T>(x, at, positions, left < plan.blocks ? left : plan.blocks, plan.of_heads);
 }
 
 // Turns every block of a packed strip.
@@ -112,7 +99,7 @@ void rotate_strip(const TemporalAttentionParams& p, const Plan& plan, float* x, 
 
 // Packs q, k and v, turned, and what is added to the scores.
 template <class T>
-void read_inputs(const TemporalAttentionParams& p, const Plan& plan, const Item& at, const Scratch& scratch) {
+void read_inputs(const TemporalAttentionParams& p, const Plan& plan, const Place& at, const Scratch& scratch) {
   pack(strip_at<const T>(p, plan, p.q, at), p.frames, p.dim, scratch.q, plan.row, plan.size);
   pack(strip_at<const T>(p, plan, p.k, at), p.keys, p.dim, scratch.k, plan.row, plan.size);
   pack(strip_at<const T>(p, plan, p.v, at), p.keys, p.dim, scratch.v, plan.row, plan.size);
@@ -124,7 +111,7 @@ void read_inputs(const TemporalAttentionParams& p, const Plan& plan, const Item&
 }
 
 template <class T>
-void forward_item(const TemporalAttentionParams& p, const Plan& plan, const Item& at, const Scratch& scratch) {
+void forward_item(const TemporalAttentionParams& p, const Plan& plan, const Place& at, const Scratch& scratch) {
   read_inputs<T>(p, plan, at, scratch);
   const Strip<T> y = strip_at<T>(p, plan, p.y, at);
   for (int i = 0; i < y.blocks; ++i) {
@@ -145,30 +132,17 @@ void forward_item(const TemporalAttentionParams& p, const Plan& plan, const Item
   unpack(y, p.frames, p.dim, scratch.q, plan.row, plan.size);
 }
 
-// dS = P (dP - rowsum(P dP)), in place of dP; its sum over items, lanes that exist only, if wanted.
-void softmax_backward(const TemporalAttentionParams& p, const Plan& plan, const Scratch& scratch, float* dbias,
-                      int64_t lanes) {
-  vi lane;
-  for (int i = 0; i < kWidth; ++i) lane[i] = i;
-  const vi exists = lane < splat_int(static_cast<int32_t>(lanes));
-  for (int64_t t = 0; t < p.frames; ++t) {
-    const float* weights = vec(scratch.weights, t * plan.key_row);
-    float* dscores = vec(scratch.dscores, t * plan.key_row);
-    vf total{};
-    for (int64_t j = 0; j < p.keys; ++j) total += load(vec(weights, j)) * load(vec(dscores, j));
+// Adds dS to the sum over items, lanes that exist only.
+void add_dbias(const TemporalAttentionParams& p, const Plan& plan, const float* dscores, int64_t lanes, float* dbias) {
+  for (int64_t t = 0; t < p.frames; ++t)
     for (int64_t j = 0; j < p.keys; ++j) {
-      const vf ds = load(vec(weights, j)) * (load(vec(dscores, j)) - total);
-      store(vec(dscores, j), ds);
-      if (p.dbias) {
-        float* sum = vec(dbias, t * plan.key_row + j);
-        store(sum, load(sum) + (exists ? ds : vf{}));
-      }
+      float* sum = vec(dbias, t * plan.key_row + j);
+      store(sum, load(sum) + keep_n(load(vec(dscores, t * plan.key_row + j)), lanes));
     }
-  }
 }
 
 template <class T>
-void backward_item(const TemporalAttentionParams& p, const Plan& plan, const Item& at, const Scratch& scratch) {
+void backward_item(const TemporalAttentionParams& p, const Plan& plan, const Place& at, const Scratch& scratch) {
   read_inputs<T>(p, plan, at, scratch);
   const Strip<const T> grad = strip_at<const T>(p, plan, p.grad, at);
   pack(grad, p.frames, p.dim, scratch.grad, plan.row, plan.size);
@@ -181,7 +155,9 @@ void backward_item(const TemporalAttentionParams& p, const Plan& plan, const Ite
     product({q, row, 1}, {k, 1, row}, {scratch.weights, key_row, 1}, p.frames, p.dim, p.keys, p.scale);
     softmax(scratch.weights, p.frames, p.keys, key_row, plan.added_of(scratch.added, i));
     product({dy, row, 1}, {v, 1, row}, {scratch.dscores, key_row, 1}, p.frames, p.dim, p.keys, 1.0f);
-    softmax_backward(p, plan, scratch, vec(scratch.dbias, plan.of_heads ? i * plan.matrix : 0), grad.lanes(i));
+    softmax_backward(scratch.weights, scratch.dscores, p.frames, p.keys, key_row);
+    if (p.dbias)
+      add_dbias(p, plan, scratch.dscores, grad.lanes(i), vec(scratch.dbias, plan.of_heads ? i * plan.matrix : 0));
     // Each gradient takes the place of the operand that was read last: dv of v, dq of dy, dk of k.
     product({scratch.weights, 1, key_row}, {dy, row, 1}, {v, row, 1}, p.keys, p.frames, p.dim, 1.0f);
     product({scratch.dscores, key_row, 1}, {k, row, 1}, {dy, row, 1}, p.frames, p.keys, p.dim, p.scale);
@@ -198,14 +174,14 @@ void backward_item(const TemporalAttentionParams& p, const Plan& plan, const Ite
 template <class RunItem>
 void run_chunks(const TemporalAttentionParams& p, const Plan& plan, RunItem&& item) {
   float* partials = aligned(p.workspace);
-  float* scratches = partials + (plan.partials + kAlign - 1) / kAlign * kAlign;
+  float* scratches = partials + whole_lines(plan.partials);
   // Heads that are neighbours in memory share cache lines and pages: then they follow each other.
   const bool heads_inside = p.q.stride_h < p.q.stride_s;
   const int64_t items = p.batch * plan.strips, entries = p.frames * p.keys;
   const auto item_of = [&](int64_t group, int64_t index) {
     const int64_t strip = index % plan.strips * kWidth;
-    return plan.of_heads ? Item{index / plan.strips, group * plan.blocks, strip}
-                         : Item{index / plan.strips, group, strip * plan.blocks};
+    return plan.of_heads ? Place{index / plan.strips, group * plan.blocks, strip}
+                         : Place{index / plan.strips, group, strip * plan.blocks};
   };
   parallel_for(p.threads, plan.chunks * plan.groups, [&](int64_t begin, int64_t end, int worker) {
     const Scratch scratch(plan, scratches + worker * plan.worker);
@@ -238,7 +214,7 @@ void sum_partials(const TemporalAttentionParams& p, const Plan& plan) {
 template <class T>
 void forward(const TemporalAttentionParams& p) {
   const Plan plan(p);
-  run_chunks(p, plan, [&](const Item& at, const Scratch& scratch) {
+  run_chunks(p, plan, [&](const Place& at, const Scratch& scratch) {
     forward_item<T>(p, plan, at, scratch);
   });
 }
@@ -246,7 +222,7 @@ void forward(const TemporalAttentionParams& p) {
 template <class T>
 void backward(const TemporalAttentionParams& p) {
   const Plan plan(p);
-  run_chunks(p, plan, [&](const Item& at, const Scratch& scratch) {
+  run_chunks(p, plan, [&](const Place& at, const Scratch& scratch) {
     backward_item<T>(p, plan, at, scratch);
   });
   if (p.dbias) sum_partials(p, plan);

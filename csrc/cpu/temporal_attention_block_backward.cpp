@@ -38,7 +38,7 @@ struct Parts {
   Parts(const TemporalAttentionBlockParams& p, const Split& split) : count(split.tasks), size(0) {
     for (const Gradient& g : gradients_of(p))
       if (g.target != nullptr) size += g.size;
-    size = (size + kAlign - 1) / kAlign * kAlign;
+    size = whole_lines(size);
     if (size == 0) return;
     int64_t most = 32;
     while (most > 4 && most * size > kMostFloats) most /= 2;
@@ -151,31 +151,11 @@ struct Buffers {
 void clear_absent(const TemporalAttentionBlockParams& p, const Split& split, const Task& task, float* x) {
   const int64_t lanes = task.positions - (task.groups - 1) * kWidth;
   if (lanes == kWidth) return;
-  vi lane;
-  for (int i = 0; i < kWidth; ++i) lane[i] = i;
-  const vi exists = lane < splat_int(static_cast<int32_t>(lanes));
   for (int64_t n = task.rows - p.attention.frames; n < task.rows; ++n)
     for (int64_t c = 0; c < p.channels; ++c) {
       float* place = vec(x, n * split.row + c);
-      store(place, exists ? load(place) : vf{});
+      store(place, keep_n(load(place), lanes));
     }
-}
-
-// dscores, the gradient of the weights, becomes that of the scores. Their sum over the keys is 0 but for rounding; what
-// is left of it would all go into the gradient of k_bias, so it is taken out once more.
-void softmax_backward(const float* weights, float* dscores, int64_t frames, int64_t key_row) {
-  for (int64_t t = 0; t < frames; ++t) {
-    const float* w = vec(weights, t * key_row);
-    float* d = vec(dscores, t * key_row);
-    vf total{}, left{};
-    for (int64_t j = 0; j < frames; ++j) total += load(vec(w, j)) * load(vec(d, j));
-    for (int64_t j = 0; j < frames; ++j) {
-      const vf ds = load(vec(w, j)) * (load(vec(d, j)) - total);
-      store(vec(d, j), ds);
-      left += ds;
-    }
-    for (int64_t j = 0; j < frames; ++j) store(vec(d, j), load(vec(d, j)) - load(vec(w, j)) * left);
-  }
 }
 
 // One group of one head: y, and dq, dk, dv in the places of q, k, v.
@@ -189,7 +169,7 @@ void attention_group(const TemporalAttentionBlockParams& p, const Split& split, 
   attention_weights(a, split, q, k, at.added, at.weights);
   product({at.weights, key_row, 1}, {v, row, 1}, {y, row, 1}, frames, frames, dim, 1.0f);
   product({dy, row, 1}, {v, 1, row}, {at.dscores, key_row, 1}, frames, dim, frames, 1.0f);
-  softmax_backward(at.weights, at.dscores, frames, key_row);
+  softmax_backward(at.weights, at.dscores, frames, frames, key_row);
   if (dbias != nullptr)
     for (int64_t t = 0; t < frames; ++t) column_sum(vec(at.dscores, t * key_row), 0, 1, frames, dbias + t * frames);
   // dv takes the place of v; dq that of dy, until dk has been made of q.

@@ -2,8 +2,6 @@
 // position; a row is one frame of one group of kWidth neighbouring positions.
 #pragma once
 
-#include <cmath>
-
 #include "fastvdiff/temporal_attention_block.h"
 #include "temporal_attention_math.h"
 
@@ -48,9 +46,7 @@ inline Task task_at(const TemporalAttentionBlockParams& p, const Split& split, i
 
 template <class T>
 Strip<T> strip_of(const FrameView& x, const Task& task) {
-  T* data = static_cast<T*>(x.data) + task.b * x.stride_b + task.s * x.stride_s;
-  return {data, x.stride_t, x.stride_s, x.stride_d, kWidth * x.stride_s, task.positions, static_cast<int>(task.groups),
-          false};
+  return Strip<T>(x, {task.b, 0, task.s}, task.positions, task.groups, false);
 }
 
 template <class T>
@@ -76,13 +72,6 @@ struct Scratch {
     return piece;
   }
 };
-
-constexpr int64_t kAlign = 16;  // floats of a cache line
-
-inline float* aligned(float* p) {
-  const uintptr_t bytes = kAlign * sizeof(float);
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + bytes - 1) / bytes * bytes);
-}
 
 // ---- products with a shared matrix ----------------------------------------------------------------------------------
 
@@ -170,8 +159,7 @@ inline void standardise(const TemporalAttentionBlockParams& p, float* x, int64_t
     }
     rest *= layer ? share : 0.0f;
     const vf variance = squares * share - rest * rest + p.eps;
-    vf scale;
-    for (int i = 0; i < kWidth; ++i) scale[i] = 1.0f / std::sqrt(variance[i]);
+    const vf scale = 1.0f / square_root(variance);
     for (int64_t c = 0; c < channels; ++c) store(vec(row, c), (load(vec(row, c)) - rest) * scale);
     store(vec(inverse, n), scale);
   }

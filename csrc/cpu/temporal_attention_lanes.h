@@ -7,8 +7,23 @@
 
 FASTVDIFF_BEGIN_ISA
 
+constexpr int64_t kAlign = 16;  // floats of a cache line
+
+inline int64_t whole_lines(int64_t floats) { return (floats + kAlign - 1) / kAlign * kAlign; }
+
+// p, moved on to the start of a cache line: by less than kAlign.
+inline float* aligned(float* p) {
+  const uintptr_t bytes = kAlign * sizeof(float);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + bytes - 1) / bytes * bytes);
+}
+
 inline float* vec(float* scratch, int64_t index) { return scratch + index * kWidth; }
 inline const float* vec(const float* scratch, int64_t index) { return scratch + index * kWidth; }
+
+// Where a strip starts: its sample, first head and first position.
+struct Place {
+  int64_t b, h, s;
+};
 
 // Blocks that are read and written together, because they are neighbours in memory: of one head, kWidth positions on
 // from the last each, or of the same positions, a head on each.
@@ -20,6 +35,16 @@ struct Strip {
   int64_t positions;  // from the first one on
   int blocks;
   bool of_heads;
+
+  Strip(const FrameView& x, const Place& at, int64_t positions, int64_t blocks, bool of_heads)
+      : data(static_cast<T*>(x.data) + at.b * x.stride_b + at.h * x.stride_h + at.s * x.stride_s),
+        stride_t(x.stride_t),
+        stride_s(x.stride_s),
+        stride_d(x.stride_d),
+        stride_block(of_heads ? x.stride_h : kWidth * x.stride_s),
+        positions(positions),
+        blocks(static_cast<int>(blocks)),
+        of_heads(of_heads) {}
 
   // Positions of block i that exist, at most kWidth.
   int64_t lanes(int i) const {
@@ -35,11 +60,10 @@ constexpr int kDims = 4;
 // In each 128-bit lane of four vectors, the 4 x 4 transpose; it is its own inverse.
 inline void transpose_4x4(vf x[kDims]) {
 #if defined(__AVX512F__)
-  // The masked forms with all lanes on: gcc 12 takes the plain ones' undefined operand for an uninitialised variable.
-  const __m512 a = _mm512_maskz_unpacklo_ps(0xFFFF, (__m512)x[0], (__m512)x[1]);
-  const __m512 b = _mm512_maskz_unpackhi_ps(0xFFFF, (__m512)x[0], (__m512)x[1]);
-  const __m512 c = _mm512_maskz_unpacklo_ps(0xFFFF, (__m512)x[2], (__m512)x[3]);
-  const __m512 d = _mm512_maskz_unpackhi_ps(0xFFFF, (__m512)x[2], (__m512)x[3]);
+  const __m512 a = _mm512_maskz_unpacklo_ps(kAllLanes, (__m512)x[0], (__m512)x[1]);
+  const __m512 b = _mm512_maskz_unpackhi_ps(kAllLanes, (__m512)x[0], (__m512)x[1]);
+  const __m512 c = _mm512_maskz_unpacklo_ps(kAllLanes, (__m512)x[2], (__m512)x[3]);
+  const __m512 d = _mm512_maskz_unpackhi_ps(kAllLanes, (__m512)x[2], (__m512)x[3]);
   x[0] = (vf)_mm512_maskz_unpacklo_pd(0xFF, (__m512d)a, (__m512d)c);
   x[1] = (vf)_mm512_maskz_unpackhi_pd(0xFF, (__m512d)a, (__m512d)c);
   x[2] = (vf)_mm512_maskz_unpacklo_pd(0xFF, (__m512d)b, (__m512d)d);
@@ -62,9 +86,9 @@ inline void transpose_4x4(vf x[kDims]) {
 inline vf load_4s(const float* const* from) {
 #if defined(__AVX512F__)
   __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(from[0]));
-  v = _mm512_maskz_insertf32x4(0xFFFF, v, _mm_loadu_ps(from[1]), 1);
-  v = _mm512_maskz_insertf32x4(0xFFFF, v, _mm_loadu_ps(from[2]), 2);
-  return (vf)_mm512_maskz_insertf32x4(0xFFFF, v, _mm_loadu_ps(from[3]), 3);
+  v = _mm512_maskz_insertf32x4(kAllLanes, v, _mm_loadu_ps(from[1]), 1);
+  v = _mm512_maskz_insertf32x4(kAllLanes, v, _mm_loadu_ps(from[2]), 2);
+  return (vf)_mm512_maskz_insertf32x4(kAllLanes, v, _mm_loadu_ps(from[3]), 3);
 #elif defined(__AVX2__)
   return (vf)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from[0])), _mm_loadu_ps(from[1]), 1);
 #else
@@ -130,8 +154,7 @@ void pack(const Strip<const T>& x, int64_t frames, int64_t dim, float* out, int6
       const T* from = x.data + t * x.stride_t + d * x.stride_d;
       for (int i = 0; i < x.blocks; ++i) {
         const T* block = from + i * x.stride_block;
-        const int64_t lanes = x.lanes(i);
-        store(vec(out, i * size + t * row + d), lanes == kWidth ? load(block) : load_n(block, lanes));
+        store(vec(out, i * size + t * row + d), load_some(block, x.lanes(i)));
       }
     });
     return;
@@ -167,11 +190,7 @@ void unpack(const Strip<T>& y, int64_t frames, int64_t dim, const float* in, int
     walk(frames, dim, y.stride_t < y.stride_d, [&](int64_t t, int64_t d) {
       T* to = y.data + t * y.stride_t + d * y.stride_d;
       for (int i = 0; i < y.blocks; ++i) {
-        const vf v = load(vec(in, i * size + t * row + d));
-        if (y.lanes(i) == kWidth)
-          store(to + i * y.stride_block, v);
-        else
-          store_n(to + i * y.stride_block, v, y.lanes(i));
+        store_some(to + i * y.stride_block, load(vec(in, i * size + t * row + d)), y.lanes(i));
       }
     });
     return;

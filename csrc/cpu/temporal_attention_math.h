@@ -87,20 +87,11 @@ inline void rotate(const TemporalAttentionParams& p, float* x, int64_t frames, i
 
 // ---- softmax ------------------------------------------------------------------------------------------------------
 
-// e^x for x <= 0, and exactly 0 below -87 (so for forbidden keys): simd.h's exp less the steps that only larger or
-// subnormal results need. NaN stays NaN.
+// e^x for x <= 0, and exactly 0 below -87 (so for forbidden keys): exp less the steps that only larger or subnormal
+// results need. NaN stays NaN.
 inline vf exp_nonpositive(vf x) {
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf n = (x * 1.44269504088896341f + magic) - magic;
-  vf r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  vf n;
+  const vf p = exp_remainder(x, n);
   const vf y = bit_cast<vf>(bit_cast<vi>(p) + (__builtin_convertvector(n, vi) << 23));
   return x < -87.0f ? vf{} : y;
 }
@@ -128,6 +119,24 @@ inline void softmax(float* scores, int64_t rows, int64_t keys, int64_t row, cons
     }
     const vf inverse = 1.0f / (total == 0.0f ? splat(1.0f) : total);
     for (int64_t j = 0; j < keys; ++j) store(vec(s, j), load(vec(s, j)) * inverse);
+  }
+}
+
+// dscores, the gradient dP of the weights P, becomes that of the scores: dS = P (dP - rowsum(P dP)). The sum of dS over
+// the keys is 0 but for rounding; what is left of it would all go into the sum of dk over the keys (the gradient of a
+// bias of k, 0 in exact arithmetic), so it is taken out once more.
+inline void softmax_backward(const float* weights, float* dscores, int64_t rows, int64_t keys, int64_t row) {
+  for (int64_t t = 0; t < rows; ++t) {
+    const float* w = vec(weights, t * row);
+    float* d = vec(dscores, t * row);
+    vf total{}, left{};
+    for (int64_t j = 0; j < keys; ++j) total += load(vec(w, j)) * load(vec(d, j));
+    for (int64_t j = 0; j < keys; ++j) {
+      const vf ds = load(vec(w, j)) * (load(vec(d, j)) - total);
+      store(vec(d, j), ds);
+      left += ds;
+    }
+    for (int64_t j = 0; j < keys; ++j) store(vec(d, j), load(vec(d, j)) - load(vec(w, j)) * left);
   }
 }
 

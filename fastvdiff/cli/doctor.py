@@ -6,17 +6,17 @@ import importlib.metadata
 import platform
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from fastvdiff import __version__, dispatch, native, ops, verified
 
 from .examples import EXAMPLES, Draw
+from .tables import table_console
 
 
 def doctor() -> None:
     """Print versions, devices, the state of the compiled kernels, and what each op runs on each device and dtype."""
-    console = Console()
+    console = table_console()
     about = Table("what", "found", title=f"fastvdiff {__version__}")
     about.add_row("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     about.add_row("torch", f"{torch.__version__} ({torch.get_num_threads()} threads)")
@@ -27,27 +27,24 @@ def doctor() -> None:
     about.add_row("CPU kernels", _native())
     console.print(about)
 
-    table = Table("op", "device", "dtype", "runs", "why not the others", title="what each op runs here")
+    table = Table("op", "device", "dtype", "runs", "why no other kernel", title="what each op runs here")
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for op in dispatch.ops():
             for dtype in (torch.float32, torch.bfloat16):
-                row = _row(op, device, dtype)
-                if row is not None:
-                    table.add_row(op, device, str(dtype)[6:], *row)
+                table.add_row(op, device, str(dtype)[6:], *_row(op, device, dtype))
     console.print(table)
 
 
-def _row(op: str, device: str, dtype: torch.dtype) -> tuple[str, str] | None:
+def _row(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
     """What one op runs on one device, and the other implementations' reasons."""
-    example = next((e for e in EXAMPLES if e.op == op), None)
-    if example is None:
-        return None
-    args, kwargs = example.make(Draw(dtype, device), False)
+    example = next(e for e in EXAMPLES if e.op == op)
+    args, kwargs = example.make(Draw(dtype, device), True)
     try:
         walk = dispatch.trace(getattr(ops, op), *args, **kwargs)[0]
     except (ImportError, RuntimeError) as error:
         return "fails", str(error)
-    return walk.chosen, "\n".join(f"{name}: {reason}" for name, reason in walk.reasons.items())
+    better = {name: reason for name, reason in walk.reasons.items() if name != "reference"}
+    return walk.chosen, "\n".join(f"{name}: {reason}" for name, reason in better.items())
 
 
 def _version(package: str) -> str:

@@ -65,6 +65,18 @@ def _temporal_attention_block(draw: Draw, big: bool) -> Arguments:
     return (x, q, k, v, draw(c, inner, std=inner**-0.5)), {"heads": heads, **named}
 
 
+def _conv3d(draw: Draw, big: bool) -> Arguments:
+    b, c, t, s = (1, 64, 16, 16) if big else (1, 8, 3, 5)
+    x = draw(b, c, t, s, s, channels_last=True)
+    return (x, draw(c, c, 1, 3, 3, std=(9 * c) ** -0.5), draw(c)), {"padding": "same", "channel_bias": draw(b, c)}
+
+
+def _norm_silu_conv3d(draw: Draw, big: bool) -> Arguments:
+    (x, weight, bias), named = _conv3d(draw, big)
+    c = x.shape[1]
+    return (x, 8, draw(c), draw(c), weight, bias), named
+
+
 def _ddim_step(draw: Draw, big: bool) -> Arguments:
     shape = (2, 4, 16, 128, 128) if big else (2, 4, 3, 5, 7)
     named = {"uncond_output": draw(*shape), "guidance_scale": 7.5, "clip_sample": 1.0}
@@ -77,5 +89,7 @@ EXAMPLES = (
     Example("temporal_attention", "attention over 16 frames", _temporal_attention),
     Example("temporal_attention", "with an additive bias", _temporal_attention_biased),
     Example("temporal_attention_block", "norm, projections, attention, residual", _temporal_attention_block),
+    Example("conv3d", "1x3x3 with a bias per sample", _conv3d),
+    Example("norm_silu_conv3d", "GroupNorm + SiLU + 1x3x3", _norm_silu_conv3d),
     Example("ddim_step", "DDIM step, guidance and clip", _ddim_step),
 )

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fastvdiff import accuracy, dispatch, ops, verified
 
 from .examples import EXAMPLES, Draw, Example
+from .tables import table_console
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,7 +33,7 @@ class Outcome:
 
 def verify() -> None:
     """Check every kernel against float64 on this machine, race it against eager, and remember what passed."""
-    console = Console()
+    console = table_console()
     table = Table(title=f"fastvdiff verify on {verified.device_name(_device())} ({torch.get_num_threads()} threads)")
     for column in ("op", "example", "impl", "accuracy"):
         table.add_column(column)

@@ -31,6 +31,8 @@ class VideoUNetConfig:
         temporal_attention_levels, spatial_attention_levels, cross_attention_levels: levels whose blocks attend over
             frames, over positions, and to the text; the middle block follows the last level.
         cross_attention_dim: width of the text, or None for a model without text (no level attends to it then).
+        pooled_text: the mean of the text's tokens, projected, joins the time embedding and so every residual
+            block, in a model with text.
         cross_frame_attention: spatial attention looks at the first and the previous frame instead of its own.
         num_heads, head_dim: both; or one, and the other follows from the level's channels.
         temporal_position: "sinusoidal" (a frame embedding), "rotary", "relative" (T5 buckets, shared by all layers),
@@ -60,6 +62,7 @@ class VideoUNetConfig:
     spatial_attention_levels: tuple[int, ...] = (2, 3)
     cross_attention_levels: tuple[int, ...] = (2, 3)
     cross_attention_dim: int | None = None
+    pooled_text: bool = False
     cross_frame_attention: bool = False
     num_heads: int | None = 8
     head_dim: int | None = 32
@@ -80,7 +83,7 @@ class VideoUNetConfig:
         for name, allowed in (("conv", CONV_KINDS), ("temporal_position", _POSITIONS), ("time_conditioning", _TIME)):
             if getattr(self, name) not in allowed:
                 self._fail(name, f"one of {', '.join(map(repr, allowed))}")
-        for name in ("cross_frame_attention", "gradient_checkpointing"):
+        for name in ("pooled_text", "cross_frame_attention", "gradient_checkpointing"):
             if not isinstance(getattr(self, name), bool):
                 self._fail(name, "True or False", TypeError)
         self._check_levels()

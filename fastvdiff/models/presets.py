@@ -16,6 +16,7 @@ PRESETS: dict[str, VideoUNetConfig] = {
         spatial_attention_levels=(1, 2),
         cross_attention_levels=(1, 2),
         cross_attention_dim=128,
+        pooled_text=True,
         num_heads=None,
         head_dim=32,
     ),

@@ -24,6 +24,7 @@ from .blocks import Conditions, VideoBlock
 from .config import VideoUNetConfig
 from .frame_positions import FramePositions
 from .patches import patchify, unpatchify
+from .pooled_text import PooledText
 from .presets import PRESETS
 
 
@@ -57,6 +58,9 @@ class VideoUNet(nn.Module, PyTorchModelHubMixin, library_name="fastvdiff", tags=
         kernel, half = config.stem_kernel_size, config.stem_kernel_size // 2
 
         self.time_embedding = TimestepEmbedding(base, 4 * base)
+        self.pooled_text = None
+        if config.pooled_text and config.cross_attention_dim is not None:
+            self.pooled_text = PooledText(config.cross_attention_dim, 4 * base)
         self.frame_positions = FramePositions(config)
         self.conv_in = Conv3d(
             (config.in_channels + config.conditioning_channels) * pixels, base, (1, kernel, kernel),
@@ -174,9 +178,10 @@ class VideoUNet(nn.Module, PyTorchModelHubMixin, library_name="fastvdiff", tags=
     def _predict(self, batch: inputs.Batch) -> torch.Tensor:
         """The network itself, on checked inputs."""
         time = timestep_embedding(batch.timesteps, self.config.base_channels, True, 0)
-        conditions = Conditions(
-            self.time_embedding(time.to(self.dtype)), batch.text, batch.text_mask, self.frame_positions(batch.positions)
-        )
+        time = self.time_embedding(time.to(self.dtype))
+        if self.pooled_text is not None:
+            time = time + self.pooled_text(batch.text, batch.text_mask)
+        conditions = Conditions(time, batch.text, batch.text_mask, self.frame_positions(batch.positions))
         x, skips = self.conv_in(patchify(batch.sample, self.config.patch_size)), []
         for layer in self.encoder.values():
             if isinstance(layer, VideoBlock):

@@ -318,7 +318,8 @@ def _backward(ctx: Any, grad_prev: _Optional, grad_original: _Optional) -> tuple
     *kept, alpha_t, alpha_prev, guidance = ctx.saved_tensors
     (a, b), wanted = ctx.values, list(ctx.needs_input_grad[:4])
     grad_original = grad_original if ctx.wanted else None
-    grads = _backward_op(grad_prev, grad_original, *kept, alpha_t, a, alpha_prev, b, guidance, *ctx.rest, wanted)
+    arguments = (grad_prev, grad_original, *kept, alpha_t, a, alpha_prev, b, guidance, *ctx.rest, wanted)
+    grads = registration.call(_backward_op, torch.is_grad_enabled(), *arguments)
     found = [g if w else None for g, w in zip(grads, wanted, strict=True)]
     return (*found, *[None] * (len(ctx.needs_input_grad) - 4))
 

@@ -160,14 +160,14 @@ _backward_op = registration.define(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, ctx.num_groups, weight, bias, _, scale, shift, ctx.silu, _ = inputs
+    ctx.set_materialize_grads(False)  # the moments have none
     ctx.save_for_backward(x, weight, bias, scale, shift, output[1])
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     x, weight, bias, scale, shift, moments = ctx.saved_tensors
-    dx, dweight, dbias, dscale, dshift = _backward_op(
-        grad, x, moments, ctx.num_groups, weight, bias, scale, shift, ctx.silu
-    )
+    arguments = (grad, x, moments, ctx.num_groups, weight, bias, scale, shift, ctx.silu)
+    dx, dweight, dbias, dscale, dshift = registration.call(_backward_op, torch.is_grad_enabled(), *arguments)
     return (
         dx, None,
         None if weight is None else dweight, None if bias is None else dbias, None,

@@ -14,6 +14,7 @@ import torch
 from fastvdiff.dispatch import Facts
 
 _LIBRARY = torch.library.Library("fastvdiff", "DEF")
+_RECORDED: dict[Any, type] = {}  # op -> its autograd function
 
 
 def define(schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -31,6 +32,7 @@ def differentiable(
     """Register `backward` for `op`; differentiating `backward_op` once more, or vmap over either, raises."""
     name, backward_name = op._schema.name, backward_op._schema.name
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
+    _RECORDED[op] = _function(op, setup_context, backward)
 
     def second(ctx: Any, *grads: Any) -> NoReturn:
         raise NotImplementedError(
@@ -43,24 +45,51 @@ def differentiable(
     refuse_vmap(backward_op)
 
 
-def call(op: Any, recorded: bool, *args: Any) -> Any:
-    """`op(*args)`; where autograd does not record it, without its Python wrapper (7 of 22 us a call)."""
-    if recorded or torch.compiler.is_compiling():
-        return op(*args)
+def _function(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> type:
+    """The same formula as a plain autograd function: what eager calls take (see `call`)."""
+    return type(
+        f"{op._schema.name.partition('::')[2]}_function",
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(lambda *args: below_autograd(op, *args)),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+            "vmap": staticmethod(_vmap_refusal(op)),
+        },
+    )
+
+
+def below_autograd(op: Any, *args: Any) -> Any:
+    """`op(*args)` straight to its kernel."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
-def refuse_vmap(op: Any) -> None:
-    """vmap over `op` raises a sentence that names the way out."""
-    name = op._schema.name
+def call(op: Any, recorded: bool, *args: Any) -> Any:
+    """`op(*args)`, its autograd formula included where autograd records the call.
+
+    The formula registered with torch.library costs some 100 us forward and backward, most of it bookkeeping in Python;
+    eager calls go through an autograd function of the same formula instead, and past both where nothing is recorded.
+    """
+    if torch.compiler.is_compiling():
+        return op(*args)
+    if recorded and op in _RECORDED:
+        return _RECORDED[op].apply(*args)
+    return op(*args) if recorded else below_autograd(op, *args)
+
+
+def _vmap_refusal(op: Any) -> Callable[..., NoReturn]:
+    name = op._schema.name.replace("::", ".")
 
     def rule(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(
-            f'{name.replace("::", ".")}: its kernel has no vmap rule; pass impl="reference" under vmap'
-        )
+        raise NotImplementedError(f'{name}: its kernel has no vmap rule; pass impl="reference" under vmap')
 
-    torch.library.register_vmap(name, rule, lib=_LIBRARY)
+    return rule
+
+
+def refuse_vmap(op: Any) -> None:
+    """vmap over `op` raises a sentence that names the way out."""
+    torch.library.register_vmap(op._schema.name, _vmap_refusal(op), lib=_LIBRARY)
 
 
 def on_cpu(facts: Facts) -> str | None:

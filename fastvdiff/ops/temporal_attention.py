@@ -171,7 +171,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     bias_grad = ctx.needs_input_grad[3]
-    dq, dk, dv, dbias = _backward_op(grad, *ctx.saved_tensors, *ctx.options, bias_grad)
+    arguments = (grad, *ctx.saved_tensors, *ctx.options, bias_grad)
+    dq, dk, dv, dbias = registration.call(_backward_op, torch.is_grad_enabled(), *arguments)
     return dq, dk, dv, dbias if bias_grad else None, *[None] * 7
 
 

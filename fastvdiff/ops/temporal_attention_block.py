@@ -230,7 +230,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     saved = iter(ctx.saved_tensors)
     arguments = [next(saved) if kept else a for kept, a in zip(ctx.is_tensor, ctx.others, strict=True)]
     wanted = list(ctx.needs_input_grad[1 : 1 + _PARAMETERS])
-    dx, *gradients = _backward_op(grad, wanted, *arguments)
+    dx, *gradients = registration.call(_backward_op, torch.is_grad_enabled(), grad, wanted, *arguments)
     rest = len(arguments) - 1 - _PARAMETERS
     return dx, *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *(None,) * rest
 

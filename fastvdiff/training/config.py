@@ -72,7 +72,8 @@ class DiffusionConfig:
 
     snr_gamma: min-SNR's gamma (arXiv:2303.09556); left out, every noise level counts alike. noise: "iid", or frames
     that share noise, "mixed" or "progressive" (arXiv:2305.10474). unconditional: the share of captions that are
-    dropped, for classifier-free guidance.
+    dropped, for classifier-free guidance. timestep_shift: s > 1 trains more on the noisy steps, where a caption decides
+    what is seen: a uniform share u of the steps becomes s u / (1 + (s - 1) u) (arXiv:2403.03206, eq. 23).
     """
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
@@ -84,6 +85,7 @@ class DiffusionConfig:
     snr_gamma: Positive | None = None
     noise: Literal["iid", "mixed", "progressive"] = "iid"
     unconditional: Fraction = 0.1
+    timestep_shift: Positive = 1.0
 
     def __post_init__(self) -> None:
         if self.zero_terminal_snr and self.prediction_type == "epsilon":

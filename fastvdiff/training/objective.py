@@ -41,11 +41,12 @@ class Objective:
 
     def draw(self, step: int, shape: Sequence[int]) -> Draws:
         """The draws of micro-step `step` for clips (B, C, T, H, W); drawn on the CPU, so alike on every device."""
-        batch, levels = shape[0], self.config.num_train_timesteps
+        batch, levels, shift = shape[0], self.config.num_train_timesteps, self.config.timestep_shift
         generator = torch.Generator().manual_seed(stream_seed(self.seed, "noise", step))
         # One level out of each of B equal strata: every batch covers the whole range of noise.
         strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-        timesteps = (strata * levels).long().clamp(max=levels - 1)
+        shifted = shift * strata / (1 + (shift - 1) * strata)
+        timesteps = (shifted * levels).long().clamp(max=levels - 1)
         drop = torch.rand(batch, generator=generator) < self.config.unconditional
         noise = video_noise(shape, self.config.noise, generator=generator)
         return Draws(*(t.to(self.device, non_blocking=True) for t in (timesteps, noise, drop)))

@@ -18,6 +18,7 @@ KINDS = {
     "rotary+relative": {"temporal_position": "rotary+relative", "num_heads": None},
     "no-position": {"temporal_position": None},
     "add": {"time_conditioning": "add"},
+    "pooled-text": {"pooled_text": True},
     "cross-frame": {"cross_frame_attention": True},
     "feed-forward": {"feed_forward_mult": 2},
     "no-text": {"cross_attention_dim": None},
@@ -166,8 +167,11 @@ def test_memory_format_of_the_sample_does_not_matter(
         torch.testing.assert_close(model(**{**arguments, "sample": sample}), expected)
 
 
-def test_text_and_its_mask(small: Callable[..., VideoUNet], call: Callable[..., dict[str, Any]]) -> None:
-    model, arguments = small(), call()
+@pytest.mark.parametrize("pooled_text", [False, True], ids=["attended", "pooled-too"])
+def test_text_and_its_mask(
+    pooled_text: bool, small: Callable[..., VideoUNet], call: Callable[..., dict[str, Any]]
+) -> None:
+    model, arguments = small(pooled_text=pooled_text), call()
     expected = model(**arguments)
     assert not torch.allclose(model(**{**arguments, "encoder_hidden_states": torch.randn(2, 5, 6)}), expected)
     for mask in (torch.tensor([[1, 1, 1, 0, 0]] * 2), torch.tensor([[True] * 3 + [False] * 2] * 2)):

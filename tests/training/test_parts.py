@@ -53,6 +53,10 @@ def test_draws_cover_every_noise_level_and_drop_captions() -> None:
         assert (each.timesteps // 5).tolist() == list(range(8))
     assert torch.cat([each.timesteps for each in draws]).unique().numel() == 40
     assert torch.cat([each.drop for each in draws]).float().mean() == pytest.approx(0.25, abs=0.03)
+    shifted = Objective(DiffusionConfig(timestep_shift=3.0), 0, CPU)
+    levels = torch.cat([shifted.draw(step, SHAPE).timesteps for step in range(100)]).double()
+    assert levels.median() == pytest.approx(750, abs=30)
+    assert levels.max() == 999
     assert not Objective(DiffusionConfig(unconditional=0.0), 0, CPU).draw(0, SHAPE).drop.any()
 
 
