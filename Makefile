@@ -10,6 +10,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml con
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/installed
+	mkdir -p demo
 	$(BIN)/fastvdiff sample "$(PROMPT)" -o demo/demo.mp4 --seed 0
 	$(BIN)/fastvdiff sample "$(PROMPT)" -o demo/demo.png --seed 0
 	$(BIN)/fastvdiff verify

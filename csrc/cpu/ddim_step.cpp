@@ -61,14 +61,42 @@ void draw_normals(const DdimStepParams& p, int64_t first, int64_t n, float* out)
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-template <class T, Prediction kind>
+// Below this many bytes in all tensors of a call its results are still in a cache when they are read next. Above, a
+// plain store would first read a line that nobody wants: 2 of 7 transfers with guidance and both results.
+constexpr int64_t kCachedBytes = int64_t{24} << 20;
+
+template <class T>
+bool streams(const DdimStepParams& p) {
+  const int64_t tensors = 2 + (p.uncond_output != nullptr) + (p.noise != nullptr) + 1 + (p.original != nullptr);
+  constexpr uintptr_t vector_bytes = kWidth * sizeof(T);
+  const uintptr_t apart = reinterpret_cast<uintptr_t>(p.prev) - reinterpret_cast<uintptr_t>(p.original);
+  return tensors * p.batch * p.elements * static_cast<int64_t>(sizeof(T)) > kCachedBytes &&
+         (!p.original || apart % vector_bytes == 0);
+}
+
+// Elements from p to the next address that a whole vector can be streamed to.
+template <class T>
+int64_t elements_to_alignment(const T* p) {
+  constexpr uintptr_t vector_bytes = kWidth * sizeof(T);
+  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % vector_bytes / sizeof(T));
+}
+
+template <bool streamed, class T>
+inline void put(T* p, vf v, int64_t n) {
+  if (streamed && n == kWidth)
+    stream(p, v);
+  else
+    store_some(p, v, n);
+}
+
+template <class T, Prediction kind, bool streamed>
 void step_run(const DdimStepParams& p, DdimTerms t, float scale, int64_t begin, int64_t end, const float* drawn) {
   const DdimInputs<T> in(p);
   const T* noise = static_cast<const T*>(p.noise);
   T* prev = static_cast<T*>(p.prev);
   T* original = static_cast<T*>(p.original);
   const bool clipped = p.use_clipped_model_output;
-  for_vectors(begin, end, [=](int64_t i, int64_t n) FASTVDIFF_INLINE {
+  const auto step = [=](int64_t i, int64_t n) FASTVDIFF_INLINE {
     const vf x = load_some(in.sample + i, n), output = in.guided(scale, i, n) * t.rescale;
     const vf x0 = clamp(original_of<kind>(t, x, output), t.limit) * t.per_limit;
     const vf epsilon = clipped ? (x - t.signal * x0) * t.per_spread : epsilon_of<kind>(t, x, output);
@@ -77,12 +105,19 @@ void step_run(const DdimStepParams& p, DdimTerms t, float scale, int64_t begin, 
       y += t.sigma * load_some(noise + i, n);
     else if (drawn)
       y += t.sigma * load_some(drawn + (i - begin), n);
-    store_some(prev + i, y, n);
-    if (original) store_some(original + i, x0, n);
-  });
+    put<streamed>(prev + i, y, n);
+    if (original) put<streamed>(original + i, x0, n);
+  };
+  int64_t aligned = begin;
+  if (streamed) {
+    aligned += elements_to_alignment(prev + begin);
+    aligned = aligned < end ? aligned : end;
+    if (begin < aligned) step(begin, aligned - begin);
+  }
+  for_vectors(aligned, end, step);
 }
 
-template <class T, Prediction kind>
+template <class T, Prediction kind, bool streamed>
 void forward(const DdimStepParams& p) {
   float* factors = static_cast<float*>(p.workspace);
   float* limits = factors + p.batch;
@@ -101,13 +136,14 @@ void forward(const DdimStepParams& p) {
     float drawn[kNoisePiece + 8 * kWidth];
     for_runs(p, b, first, last, [&](int64_t begin, int64_t end, float scale) {
       begin += b * p.elements, end += b * p.elements;
-      if (!p.noise_seed) return step_run<T, kind>(p, t, scale, begin, end, nullptr);
+      if (!p.noise_seed) return step_run<T, kind, streamed>(p, t, scale, begin, end, nullptr);
       for (int64_t i = begin; i < end; i += kNoisePiece) {
         const int64_t n = end - i < kNoisePiece ? end - i : kNoisePiece;
         draw_normals(p, i, n, drawn);
-        step_run<T, kind>(p, t, scale, i, i + n, drawn);
+        step_run<T, kind, streamed>(p, t, scale, i, i + n, drawn);
       }
     });
+    if (streamed) fence();
   });
 }
 
@@ -166,6 +202,11 @@ void backward(const DdimStepParams& p) {
       backward_run<T, kind>(p, t, scale, b * p.elements + begin, b * p.elements + end);
     });
   });
+}
+
+template <class T, Prediction kind>
+void forward(const DdimStepParams& p) {
+  return streams<T>(p) ? forward<T, kind, true>(p) : forward<T, kind, false>(p);
 }
 
 template <class T>

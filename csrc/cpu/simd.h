@@ -211,6 +211,34 @@ inline void store_some(T* p, vf v, int64_t n) {
     store_n(p, v, n);
 }
 
+// A whole vector past the caches, to an address that is a multiple of the vector's bytes: the line is not read first. A
+// fence() orders such stores before whatever tells another thread that they are done.
+#if defined(__AVX512F__)
+inline void stream(float* p, vf v) { _mm512_stream_ps(p, bit_cast<__m512>(v)); }
+template <class T>
+inline void stream(T* p, vf v) {
+  T part[kWidth];
+  store(part, v);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(part)));
+}
+inline void fence() { _mm_sfence(); }
+#elif defined(__AVX2__)
+inline void stream(float* p, vf v) { _mm256_stream_ps(p, bit_cast<__m256>(v)); }
+template <class T>
+inline void stream(T* p, vf v) {
+  T part[kWidth];
+  store(part, v);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_loadu_si128(reinterpret_cast<const __m128i*>(part)));
+}
+inline void fence() { _mm_sfence(); }
+#else
+template <class T>
+inline void stream(T* p, vf v) {
+  store(p, v);
+}
+inline void fence() {}
+#endif
+
 // f(i, n) over [begin, end) in whole vectors and one partial one. f is to be inlined twice, so that n is a constant in
 // the loop; FASTVDIFF_INLINE after a lambda's parameters sees to that where the compiler would not.
 #define FASTVDIFF_INLINE __attribute__((always_inline))

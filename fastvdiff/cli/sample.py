@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastvdiff.sampling import TextToVideoPipeline
 
 SUFFIXES = (".mp4", ".gif", ".png")
+SHOWN_SIDE = 256  # smaller clips are enlarged by a whole factor, or a player shows a stamp with bleeding colours
 MAX_PIXELS = 1 << 28  # of a whole clip: a mistyped size should not ask for all memory
 
 
@@ -68,10 +69,13 @@ def sample(request: Request) -> None:
                 height=height,
                 width=width,
             )
+    sheet = request.output.suffix.lower() == ".png"  # which enlarges its frames by itself
+    scale = 1 if sheet else max(1, SHOWN_SIDE // max(width, height))
     with refusing(ValueError, OSError):
-        write_video(request.output, to_uint8(video.frames[0]), fps)
+        write_video(request.output, to_uint8(video.frames[0]), fps, scale=scale)
+    size_shown = f"{width}x{height}" + (f", every pixel {scale}x{scale}," if scale > 1 else "")
     frames = video.frames.shape[1]
-    typer.echo(f"{request.output}: {frames} frames of {width}x{height} at {fps:g} fps, seed {video.seeds[0]}")
+    typer.echo(f"{request.output}: {frames} frames of {size_shown} at {fps:g} fps, seed {video.seeds[0]}")
 
 
 def _check(request: Request) -> None:

@@ -60,9 +60,10 @@ class TestSample:
     def test_mp4(self, run: Run, checkpoint: Path, tmp_path: Path) -> None:
         result = run("sample", PROMPT, "-o", "out.mp4", "--checkpoint", checkpoint, "--steps", 2, "--seed", 7)
         assert result.exit_code == 0, result.output
-        assert result.stdout == f"out.mp4: {FRAMES} frames of {SIZE}x{SIZE} at 8 fps, seed 7\n"
+        size = f"{SIZE}x{SIZE}, every pixel 32x32,"
+        assert result.stdout == f"out.mp4: {FRAMES} frames of {size} at 8 fps, seed 7\n"
         video = read_video(tmp_path / "out.mp4")
-        assert (tuple(video.frames.shape), video.fps) == ((FRAMES, SIZE, SIZE, 3), pytest.approx(8))
+        assert (tuple(video.frames.shape), video.fps) == ((FRAMES, 32 * SIZE, 32 * SIZE, 3), pytest.approx(8))
 
     def test_gif_and_sheet(self, run: Run, checkpoint: Path, tmp_path: Path) -> None:
         for name in ("out.gif", "out.PNG"):
@@ -85,7 +86,7 @@ class TestSample:
         assert result.exit_code == 0, result.output
         note = f"Note: the model was trained on {FRAMES} frames of {SIZE}x{SIZE}; 3 of 15x10 may look worse."
         assert note in result.stderr
-        assert tuple(read_video(tmp_path / "out.mp4").frames.shape) == (3, 10, 15, 3)
+        assert tuple(read_video(tmp_path / "out.mp4").frames.shape) == (3, 17 * 10, 17 * 15, 3)  # enlarged to be seen
         assert "Note" not in run("sample", PROMPT, "-o", "b.png", "--checkpoint", checkpoint, "--steps", 1).stderr
 
     def test_implementation(self, run: Run, checkpoint: Path, tmp_path: Path) -> None:
