@@ -14,13 +14,13 @@ struct Count {
   static constexpr int value = kCount;
 };
 
-// f(Count, first row) over `rows` rows. Four narrow rows go together, so that coefficients and sums are loaded once for
+// f(Count, first row) over `rows` rows. Eight narrow rows go together, so that coefficients and sums are loaded once for
 // them; wide ones one by one, because reading several streams at once costs more there than the loads (2x from memory).
 template <class F>
 inline void each_step(int64_t rows, bool narrow, F f) {
   int64_t r = 0;
   if (narrow)
-    for (; r + 4 <= rows; r += 4) f(Count<4>{}, r);
+    for (; r + 8 <= rows; r += 8) f(Count<8>{}, r);
   for (; r < rows; ++r) f(Count<1>{}, r);
 }
 
@@ -69,15 +69,15 @@ struct ChannelsLast {
     for (int64_t first = 0; first < p.channels; first += kPanel) {
       const int64_t width = min_of(kPanel, p.channels - first), some = min_of(kFirst, k.rows);
       const T* x = x_at(k) + first;
-      for_vectors(0, width, [&](int64_t c, int64_t lanes) {
+      for_vectors(0, width, [&](int64_t c, int64_t lanes) FASTVDIFF_INLINE {
         vf s = {};
         for (int64_t r = 0; r < some; ++r) s += load_some(x + r * p.stride_xs + c, lanes);
         store(centre + c, s * (1.0f / static_cast<float>(some)));
         store(sum + c, vf{});
         store(square + c, vf{});
       });
-      each_step(k.rows, narrow(), [&](auto count, int64_t r) {
-        for_vectors(0, width, [&](int64_t c, int64_t lanes) {
+      each_step(k.rows, narrow(), [&](auto count, int64_t r) FASTVDIFF_INLINE {
+        for_vectors(0, width, [&](int64_t c, int64_t lanes) FASTVDIFF_INLINE {
           const vf about = load(centre + c);
           vf s = {}, q = {};
           for (int i = 0; i < count.value; ++i) {
@@ -100,12 +100,12 @@ struct ChannelsLast {
   // Adds `channels` channels of `rows` values each, given by their sums around `centre`, to a group.
   static void merge_channels(int64_t rows, int64_t channels, const float* centre, const float* sum,
                              const float* square, Moments& group) {
-    const double n = static_cast<double>(rows);
+    const double n = static_cast<double>(rows), share = 1 / n;
     double mean = 0, m2 = 0;
-    for (int64_t c = 0; c < channels; ++c) mean += centre[c] + sum[c] / n;
+    for (int64_t c = 0; c < channels; ++c) mean += centre[c] + sum[c] * share;
     mean /= static_cast<double>(channels);
     for (int64_t c = 0; c < channels; ++c) {
-      const double shift = sum[c] / n, inside = square[c] - sum[c] * shift, off = centre[c] + shift - mean;
+      const double shift = sum[c] * share, inside = square[c] - sum[c] * shift, off = centre[c] + shift - mean;
       m2 += (inside < 0 ? 0 : inside) + n * off * off;
     }
     group.merge(n * static_cast<double>(channels), mean, m2);
@@ -149,8 +149,8 @@ struct ChannelsLast {
   void forward_block(const Block& k, const float* coefficients) const {
     const T* x = x_at(k);
     T* y = out_at(p.y, k);
-    each_step(k.rows, narrow(), [&](auto count, int64_t r) {
-      for_vectors(0, p.channels, [&](int64_t c, int64_t lanes) {
+    each_step(k.rows, narrow(), [&](auto count, int64_t r) FASTVDIFF_INLINE {
+      for_vectors(0, p.channels, [&](int64_t c, int64_t lanes) FASTVDIFF_INLINE {
         const Affine<vf> v = affine_of(coefficients + c, lanes);
         for (int64_t i = r; i < r + count.value; ++i)
           store_some(y + i * p.stride_ys + c, forward_value<kSilu>(load_some(x + i * p.stride_xs + c, lanes), v),
@@ -163,14 +163,16 @@ struct ChannelsLast {
   void block_sums(const Block& k, const float* coefficients, float* plain, float* centred_sum) const {
     const T* x = x_at(k);
     const T* grad = grad_at(k);
+    T* dx = out_at(p.dx, k);
     for (int64_t c = 0; c < p.channels; ++c) plain[c] = centred_sum[c] = 0;
-    each_step(k.rows, narrow(), [&](auto count, int64_t r) {
-      for_vectors(0, p.channels, [&](int64_t c, int64_t lanes) {
+    each_step(k.rows, narrow(), [&](auto count, int64_t r) FASTVDIFF_INLINE {
+      for_vectors(0, p.channels, [&](int64_t c, int64_t lanes) FASTVDIFF_INLINE {
         const Affine<vf> v = affine_of(coefficients + c, lanes);
         vf s = {}, q = {};
         for (int64_t i = r; i < r + count.value; ++i) {
           const vf centred = load_some(x + i * p.stride_xs + c, lanes) - v.mean;
           const vf dz = gradient_value<kSilu>(centred, load_some(grad + i * p.stride_gs + c, lanes), v);
+          if (kept_in_dx<T, kSilu>()) store_some(dx + i * p.stride_ys + c, dz, lanes);
           s += dz;
           q += dz * centred;
         }
@@ -182,16 +184,19 @@ struct ChannelsLast {
 
   void block_dx(const Block& k, const float* coefficients) const {
     const T* x = x_at(k);
-    const T* grad = grad_at(k);
     T* dx = out_at(p.dx, k);
-    each_step(k.rows, narrow(), [&](auto count, int64_t r) {
-      for_vectors(0, p.channels, [&](int64_t c, int64_t lanes) {
+    constexpr bool kKept = kept_in_dx<T, kSilu>();
+    const T* source = kKept ? dx : grad_at(k);
+    const int64_t stride = kKept ? p.stride_ys : p.stride_gs;
+    each_step(k.rows, narrow(), [&](auto count, int64_t r) FASTVDIFF_INLINE {
+      for_vectors(0, p.channels, [&](int64_t c, int64_t lanes) FASTVDIFF_INLINE {
         const Affine<vf> v = affine_of(coefficients + c, lanes);
         const vf constant = load_some(coefficients + 3 * p.channels + c, lanes);
         const vf slope = load_some(coefficients + 4 * p.channels + c, lanes);
         for (int64_t i = r; i < r + count.value; ++i) {
           const vf centred = load_some(x + i * p.stride_xs + c, lanes) - v.mean;
-          const vf dz = gradient_value<kSilu>(centred, load_some(grad + i * p.stride_gs + c, lanes), v);
+          const vf value = load_some(source + i * stride + c, lanes);
+          const vf dz = kKept ? value : gradient_value<kSilu>(centred, value, v);
           store_some(dx + i * p.stride_ys + c, dz * v.a - (centred * slope + constant), lanes);
         }
       });

@@ -2,6 +2,8 @@
 // that become parameter gradients. Included by group_norm_silu.cpp alone.
 #pragma once
 
+#include <type_traits>
+
 #include "fastvdiff/group_norm_silu.h"
 #include "parallel.h"
 #include "simd.h"
@@ -160,6 +162,13 @@ inline vf gradient_value(vf centred, vf grad, const Affine<vf>& k) {
   const vf z = centred * k.a + k.b;
   const vf s = sigmoid(z);
   return grad * s * (1.0f + z * (1.0f - s));
+}
+
+// Whether the backward's first pass leaves dz in dx for the second, which then needs no sigmoid; rounded to 16 bits it
+// would lose too much.
+template <class T, bool kSilu>
+constexpr bool kept_in_dx() {
+  return kSilu && std::is_same<T, float>::value;
 }
 
 // dx = dz * a - constant - (x - mean) * slope

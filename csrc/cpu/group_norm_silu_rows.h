@@ -87,7 +87,7 @@ struct Rows {
     });
   }
 
-  Sums run_sums(const T* x, const T* grad, const Affine<float>& k, float rstd) const {
+  Sums run_sums(const T* x, const T* grad, T* dx, const Affine<float>& k, float rstd) const {
     const Affine<vf> v{splat(k.mean), splat(k.a), splat(k.b)};
     double plain = 0, normal = 0;
     for (int64_t start = 0; start < plan.frame; start += kTile) {
@@ -96,6 +96,7 @@ struct Rows {
       int64_t i = start;
       for (; i + kWidth <= end; i += kWidth) {
         const vf centred = load(x + i) - v.mean, dz = gradient_value<kSilu>(centred, load(grad + i), v);
+        if (kept_in_dx<T, kSilu>()) store(dx + i, dz);
         s += dz;
         q += dz * centred;
       }
@@ -103,6 +104,7 @@ struct Rows {
         const int64_t lanes = end - i;
         const vf centred = load_n(x + i, lanes) - v.mean;
         const vf dz = keep_n(gradient_value<kSilu>(centred, load_n(grad + i, lanes), v), lanes);
+        if (kept_in_dx<T, kSilu>()) store_n(dx + i, dz, lanes);
         s += dz;
         q += keep_n(dz * centred, lanes);
       }
@@ -115,21 +117,23 @@ struct Rows {
   void run_dx(const T* x, const T* grad, T* dx, const Affine<float>& k, const Spread<float>& spread) const {
     const Affine<vf> v{splat(k.mean), splat(k.a), splat(k.b)};
     const vf constant = splat(spread.constant), slope = splat(spread.slope);
-    auto value = [&](vf x_value, vf grad_value) {
-      const vf centred = x_value - v.mean;
-      return gradient_value<kSilu>(centred, grad_value, v) * v.a - (centred * slope + constant);
+    constexpr bool kKept = kept_in_dx<T, kSilu>();
+    const T* source = kKept ? dx : grad;
+    auto value = [&](vf x_value, vf source_value) {
+      const vf centred = x_value - v.mean, dz = kKept ? source_value : gradient_value<kSilu>(centred, source_value, v);
+      return dz * v.a - (centred * slope + constant);
     };
     int64_t i = 0;
-    for (; i + kWidth <= plan.frame; i += kWidth) store(dx + i, value(load(x + i), load(grad + i)));
+    for (; i + kWidth <= plan.frame; i += kWidth) store(dx + i, value(load(x + i), load(source + i)));
     if (const int64_t lanes = plan.frame - i; lanes > 0)
-      store_n(dx + i, value(load_n(x + i, lanes), load_n(grad + i, lanes)), lanes);
+      store_n(dx + i, value(load_n(x + i, lanes), load_n(source + i, lanes)), lanes);
   }
 
   void row_sums(int64_t b, int64_t c, Sums* sums) const {
     const Group group = saved_group(p, b * p.groups + c / plan.width);
-    for (int64_t t = 0; t < p.frames; ++t)
-      sums[(b * p.channels + c) * p.frames + t] =
-          run_sums(x_at(b, c) + t * plan.frame, grad_at(b, c) + t * plan.frame, affine(p, group, b, c, t), group.rstd);
+    for (int64_t t = 0, at = 0; t < p.frames; ++t, at += plan.frame)
+      sums[(b * p.channels + c) * p.frames + t] = run_sums(
+          x_at(b, c) + at, grad_at(b, c) + at, out_at(p.dx, b, c) + at, affine(p, group, b, c, t), group.rstd);
   }
 
   void row_dx(int64_t b, int64_t c, const Spread<float>& spread) const {

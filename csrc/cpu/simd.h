@@ -295,18 +295,35 @@ inline vf exp(vf x) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// 2^(i / 32): two registers, so that looking one up is one instruction.
+alignas(64) constexpr float kRoots[2 * kWidth] = {
+    1.0f, 1.0218972f, 1.04427373f, 1.06714046f,
+    1.09050775f, 1.1143868f, 1.13878858f, 1.1637249f,
+    1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f,
+    1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f,
+    1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f,
+    1.54221082f, 1.5759809f, 1.61049032f, 1.64575553f,
+    1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f,
+    1.8340081f, 1.87416768f, 1.91520655f, 1.95714414f};
+#endif
+
 // 1 + e^x. Cheaper than exp: what e^x loses for large |x| (|x| 2^-25 of itself) does not show beside 1, or only in
 // values near 0 that a sigmoid gives there.
 inline vf one_plus_exp(vf x) {
 #if defined(__AVX512F__)
   const vf t = x * 1.44269504088896341f;
-  // The part beyond the nearest integer, 0 for infinities, so that nothing needs clamping.
-  const vf f = bit_cast<vf>(_mm512_reduce_ps(bit_cast<__m512>(t), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  const vf n = t - f;
+  // The part beyond the nearest 1/32, 0 for infinities, so that nothing needs clamping.
+  constexpr int kTo32nds = 5 << 4 | _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  const vf f = bit_cast<vf>(_mm512_maskz_reduce_ps(kAllLanes, bit_cast<__m512>(t), kTo32nds)), n = t - f;
+  const vf index = n + 393216.0f;  // 1.5 * 2^18: n's five bits below the point become the lowest ones
+  const vf root = bit_cast<vf>(_mm512_permutex2var_ps(_mm512_load_ps(kRoots), bit_cast<__m512i>(index),
+                                                      _mm512_load_ps(kRoots + kWidth)));
+  const vf p = (f * 0.24022691f + 0.69315734f) * (f * root) + root;  // 2^f on [-1/64, 1/64] within 2^-24
+  return 1.0f + bit_cast<vf>(_mm512_maskz_scalef_ps(kAllLanes, bit_cast<__m512>(p), bit_cast<__m512>(n)));
 #else
   const vf t = vmin(splat(128.0f), vmax(splat(-126.0f), x * 1.44269504088896341f));
   const vf n = round_small(t), f = t - n;
-#endif
   vf p = splat(1.535336181e-4f);  // 2^f on [-1/2, 1/2]
   p = p * f + 1.339887445e-3f;
   p = p * f + 9.618437358e-3f;
@@ -314,9 +331,6 @@ inline vf one_plus_exp(vf x) {
   p = p * f + 2.402264791e-1f;
   p = p * f + 6.931472029e-1f;
   p = p * f + 1.0f;
-#if defined(__AVX512F__)
-  return 1.0f + bit_cast<vf>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(n)));
-#else
   return 1.0f + p * bit_cast<vf>((__builtin_convertvector(n, vi) + 127) << 23);
 #endif
 }

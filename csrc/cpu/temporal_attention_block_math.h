@@ -46,7 +46,7 @@ inline Task task_at(const TemporalAttentionBlockParams& p, const Split& split, i
 
 template <class T>
 Strip<T> strip_of(const FrameView& x, const Task& task) {
-  return Strip<T>(x, {task.b, 0, task.s}, task.positions, task.groups, false);
+  return Strip<T>(x, {task.b, 0, task.s}, task.positions, task.groups);
 }
 
 template <class T>

@@ -25,8 +25,7 @@ struct Place {
   int64_t b, h, s;
 };
 
-// Blocks that are read and written together, because they are neighbours in memory: of one head, kWidth positions on
-// from the last each, or of the same positions, a head on each.
+// Blocks of one head that are read and written together, because they are neighbours in memory: kWidth positions each.
 template <class T>
 struct Strip {
   T* data;
@@ -34,21 +33,19 @@ struct Strip {
   int64_t stride_block;
   int64_t positions;  // from the first one on
   int blocks;
-  bool of_heads;
 
-  Strip(const FrameView& x, const Place& at, int64_t positions, int64_t blocks, bool of_heads)
+  Strip(const FrameView& x, const Place& at, int64_t positions, int64_t blocks)
       : data(static_cast<T*>(x.data) + at.b * x.stride_b + at.h * x.stride_h + at.s * x.stride_s),
         stride_t(x.stride_t),
         stride_s(x.stride_s),
         stride_d(x.stride_d),
-        stride_block(of_heads ? x.stride_h : kWidth * x.stride_s),
+        stride_block(kWidth * x.stride_s),
         positions(positions),
-        blocks(static_cast<int>(blocks)),
-        of_heads(of_heads) {}
+        blocks(static_cast<int>(blocks)) {}
 
   // Positions of block i that exist, at most kWidth.
   int64_t lanes(int i) const {
-    const int64_t left = of_heads ? positions : positions - i * kWidth;
+    const int64_t left = positions - i * kWidth;
     return left < kWidth ? left : kWidth;
   }
 };

@@ -96,47 +96,49 @@ inline vf exp_nonpositive(vf x) {
   return x < -87.0f ? vf{} : y;
 }
 
-// Scores of `rows` queries, `row` vectors apart, become weights that sum to 1; a query whose keys are all forbidden
-// (every score -inf) gets zeros. `added` (rows, keys), if any, is the same for all lanes.
-inline void softmax(float* scores, int64_t rows, int64_t keys, int64_t row, const float* added) {
+// Scores of `rows` queries, `row` vectors apart and `key` vectors from a key to the next, become weights that sum to 1;
+// a query whose keys are all forbidden (every score -inf) gets zeros. `added` (rows, keys), if any, is the same for all
+// lanes.
+inline void softmax(float* scores, int64_t rows, int64_t keys, int64_t row, const float* added, int64_t key = 1) {
   for (int64_t t = 0; t < rows; ++t) {
     float* s = vec(scores, t * row);
     vf top = splat(-__builtin_inff());
     for (int64_t j = 0; j < keys; ++j) {
-      vf x = load(vec(s, j));
+      vf x = load(vec(s, j * key));
       if (added != nullptr) {
         x += added[t * keys + j];
-        store(vec(s, j), x);
+        store(vec(s, j * key), x);
       }
       top = vmax(top, x);
     }
     top = top == -__builtin_inff() ? vf{} : top;
     vf total{};
     for (int64_t j = 0; j < keys; ++j) {
-      const vf e = exp_nonpositive(load(vec(s, j)) - top);
-      store(vec(s, j), e);
+      const vf e = exp_nonpositive(load(vec(s, j * key)) - top);
+      store(vec(s, j * key), e);
       total += e;
     }
     const vf inverse = 1.0f / (total == 0.0f ? splat(1.0f) : total);
-    for (int64_t j = 0; j < keys; ++j) store(vec(s, j), load(vec(s, j)) * inverse);
+    for (int64_t j = 0; j < keys; ++j) store(vec(s, j * key), load(vec(s, j * key)) * inverse);
   }
 }
 
 // dscores, the gradient dP of the weights P, becomes that of the scores: dS = P (dP - rowsum(P dP)). The sum of dS over
 // the keys is 0 but for rounding; what is left of it would all go into the sum of dk over the keys (the gradient of a
 // bias of k, 0 in exact arithmetic), so it is taken out once more.
-inline void softmax_backward(const float* weights, float* dscores, int64_t rows, int64_t keys, int64_t row) {
+inline void softmax_backward(const float* weights, float* dscores, int64_t rows, int64_t keys, int64_t row,
+                             int64_t key = 1) {
   for (int64_t t = 0; t < rows; ++t) {
     const float* w = vec(weights, t * row);
     float* d = vec(dscores, t * row);
     vf total{}, left{};
-    for (int64_t j = 0; j < keys; ++j) total += load(vec(w, j)) * load(vec(d, j));
+    for (int64_t j = 0; j < keys; ++j) total += load(vec(w, j * key)) * load(vec(d, j * key));
     for (int64_t j = 0; j < keys; ++j) {
-      const vf ds = load(vec(w, j)) * (load(vec(d, j)) - total);
-      store(vec(d, j), ds);
+      const vf ds = load(vec(w, j * key)) * (load(vec(d, j * key)) - total);
+      store(vec(d, j * key), ds);
       left += ds;
     }
-    for (int64_t j = 0; j < keys; ++j) store(vec(d, j), load(vec(d, j)) - load(vec(w, j)) * left);
+    for (int64_t j = 0; j < keys; ++j) store(vec(d, j * key), load(vec(d, j * key)) - load(vec(w, j * key)) * left);
   }
 }
 

@@ -87,6 +87,8 @@ def _common_layout(like: torch.Tensor) -> torch.Tensor:
 
 
 def _same_layout(t: torch.Tensor, like: torch.Tensor) -> bool:
+    if t.is_contiguous() and like.is_contiguous():  # what a call usually has, and cheaper to ask than strides
+        return True
     strides, expected = t.stride(), like.stride()
     if strides == expected:
         return True
@@ -113,20 +115,21 @@ def _params(
     like: torch.Tensor, inputs: list[_Optional], noise_seed: _Optional, step: Step
 ) -> tuple[Any, list[_Optional]]:
     """The kernel's parameters, and the tensors that must outlive them."""
-    batch, elements = like.shape[0], like.numel() // like.shape[0]
+    shape = like.shape
+    batch, elements = shape[0], like.numel() // shape[0]
     guidance, run, frames, strides = wide(step.guidance), elements, 1, (0, 0)
     memory_order = [] if like.is_contiguous() else _memory_order(like)
     if guidance is not None and guidance.dim() == 2:
         strides = (guidance.stride(0) * (guidance.shape[0] > 1), guidance.stride(1))
         if guidance.shape[1] > 1:
             order = memory_order or list(range(like.dim()))
-            run, frames = math.prod(like.shape[d] for d in order[order.index(2) + 1 :]), like.shape[2]
-    logical_strides = [math.prod(like.shape[d + 1 :]) for d in memory_order]
+            run, frames = math.prod(shape[d] for d in order[order.index(2) + 1 :]), shape[2]
+    logical_strides = [math.prod(shape[d + 1 :]) for d in memory_order]
     seed = None if noise_seed is None else noise_seed.contiguous()
     alphas = [_per_sample(a, batch) for a in (step.alpha_t, step.alpha_prev)]
     params = library().DdimStepParams(
         (batch, elements, run, frames, *strides),
-        [like.shape[d] for d in memory_order],
+        [shape[d] for d in memory_order],
         logical_strides,
         (
             step.alpha_t_value, step.alpha_prev_value, step.eta, step.threshold_ratio, step.threshold_max,

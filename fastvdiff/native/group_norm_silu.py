@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from . import DTYPE_CODES, address, library, threads, wide
 
 _Optional = torch.Tensor | None
 _Strides = tuple[int, int, int]
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def forward(
@@ -26,7 +26,7 @@ def forward(
     y_rows, y_strides = _rows(y, channels_last)
     scale, shift, frames = _modulation(scale, shift)
     weight, bias, stats = wide(weight), wide(bias), wide(stats)
-    sizes = (*x.shape[:2], math.prod(x.shape[2:]), num_groups, frames)
+    sizes = (*x.shape[:2], _positions(x), num_groups, frames)
     lib = library()
     workspace = torch.empty(lib.group_norm_silu_workspace(sizes, x_strides), dtype=torch.float32)
     lib.group_norm_silu_forward(
@@ -45,27 +45,36 @@ def backward(
     dx = torch.empty_like(x)
     parameters = (weight, bias, scale, shift)
     if not x.numel():
-        zeros = (torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters if p is not None)
-        return dx, *(x.new_empty(0) if p is None else next(zeros) for p in parameters)
+        return dx, *[_absent(x) if p is None else torch.zeros(p.shape, dtype=p.dtype) for p in parameters]
     channels_last = _channels_last(dx)
-    (x_rows, x_strides), (dx_rows, dx_strides), (grad_rows, grad_strides) = (
-        _rows(t, channels_last) for t in (x, dx, grad)
-    )
+    x_rows, x_strides = _rows(x, channels_last)
+    dx_rows, dx_strides = _rows(dx, channels_last)
+    grad_rows, grad_strides = _rows(grad, channels_last)
     wide_scale, wide_shift, frames = _modulation(scale, shift)
     wide_weight, wide_bias = wide(weight), wide(bias)
     grads = [None if p is None else torch.empty_like(p) for p in (wide_weight, wide_bias, wide_scale, wide_shift)]
-    sizes = (*x.shape[:2], math.prod(x.shape[2:]), num_groups, frames)
+    sizes = (*x.shape[:2], _positions(x), num_groups, frames)
     lib = library()
     workspace = torch.empty(lib.group_norm_silu_workspace(sizes, x_strides), dtype=torch.float32)
     lib.group_norm_silu_backward(
         sizes, address(x_rows), x_strides, address(wide_weight), address(wide_bias), address(wide_scale),
         address(wide_shift), address(moments), address(workspace), silu, DTYPE_CODES[x.dtype], threads(),
-        address(grad_rows), grad_strides, address(dx_rows), dx_strides, *(address(g) for g in grads),
+        address(grad_rows), grad_strides, address(dx_rows), dx_strides, *map(address, grads),
     )  # fmt: skip
     return (
         dx if dx_rows is dx else dx.copy_(dx_rows),
-        *(x.new_empty(0) if p is None else _as_parameter(g, p) for g, p in zip(grads, parameters, strict=True)),
+        *[_absent(x) if p is None else _as_parameter(g, p) for g, p in zip(grads, parameters, strict=True)],
     )
+
+
+def _absent(x: torch.Tensor) -> torch.Tensor:
+    """The gradient of a parameter that is None."""
+    return x.new_empty(0)
+
+
+def _positions(t: torch.Tensor) -> int:
+    """Values of a channel of one sample; t is not empty."""
+    return t.numel() // (t.shape[0] * t.shape[1])
 
 
 def _channels_last(t: torch.Tensor) -> bool:
@@ -79,8 +88,10 @@ def _rows(t: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor, _Strides]
     The channel stride of that view is 1 if `channels_last`, else its position stride.
     """
     if not channels_last and t.is_contiguous():
-        row = math.prod(t.shape[2:])
+        row = _positions(t)
         return t, (t.shape[1] * row, row, 1)
+    if channels_last and t.dim() > 3 and t.is_contiguous(memory_format=_FORMATS[t.dim()]):
+        return t, (t.shape[1] * _positions(t), 1, t.shape[1])
     strides = t.stride()
     position = _position_stride(t.shape[2:], strides[2:])
     if position is None or (strides[1] if channels_last else position) != 1:
@@ -109,11 +120,13 @@ def _copy(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
         return t.contiguous()
     if t.dim() == 3:
         return t.transpose(1, 2).contiguous().transpose(1, 2)
-    return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
+    return t.contiguous(memory_format=_FORMATS[t.dim()])
 
 
 def _modulation(scale: _Optional, shift: _Optional) -> tuple[_Optional, _Optional, int]:
     """scale and shift as (B, C, frames) float32, and the number of frames: 1 unless either is (B, C, T)."""
+    if scale is None and shift is None:
+        return None, None, 1
     frames = max((p.shape[2] for p in (scale, shift) if p is not None and p.dim() == 3), default=1)
     if frames > 1:
         scale, shift = (p if p is None or p.dim() == 3 else p[..., None].expand(-1, -1, frames) for p in (scale, shift))
@@ -122,6 +135,8 @@ def _modulation(scale: _Optional, shift: _Optional) -> tuple[_Optional, _Optiona
 
 def _as_parameter(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A float32 gradient in its parameter's shape and dtype; a (B, C) one sums over the frames it was spread over."""
+    if grad.shape == parameter.shape and grad.dtype is parameter.dtype:
+        return grad
     if grad.dim() > parameter.dim():
         grad = grad.sum(dim=2)
     return grad.view(parameter.shape).to(parameter.dtype)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -96,27 +99,46 @@ def check(
     expected = (out_channels, channels // groups, *kernel)
     checks.parameter(op, "weight", weight, x, "x", expected, symbols="(C_out, C / groups, kT, kH, kW)")
     checks.parameter(op, "bias", bias, x, "x", (out_channels,), symbols="(C_out,)")
-    _check_numbers(op, "stride", stride, (3,), least=1)
-    _check_numbers(op, "dilation", dilation, (3,), least=1)
-    modes = _check_padding(op, padding, stride, padding_mode)
-
-    pads = paddings(padding, kernel, triple(dilation))
     sizes = tuple(x.shape[2:])
-    for size, mode, first, last, name in zip(sizes, modes, pads[::2], pads[1::2], "THW", strict=True):
-        if mode == "replicate" and size == 0 and (first or last):
-            checks.fail(op, "x", f"{name} of at least 1, for padding_mode 'replicate' to repeat", 0)
+    first_padding, out_sizes = _geometry(op, sizes, kernel, stride, padding, dilation, padding_mode)
     if prefix is not None:
-        before = (batch, channels, pads[0], *sizes[1:])
+        before = (batch, channels, first_padding, *sizes[1:])
         checks.parameter(op, "prefix", prefix, x, "x", before, symbols="(B, C, t0, H, W)")
-    out_sizes = output_sizes(sizes, kernel, triple(stride), pads, triple(dilation))
-    if min(out_sizes) < 1:
-        checks.fail(op, "weight", f"a kernel that fits into the padded (T, H, W) of x = {sizes} with {pads}", kernel)
     checks.parameter(op, "channel_bias", channel_bias, x, "x", (batch, out_channels),
                      (batch, out_channels, out_sizes[0]), symbols="(B, C_out) or (B, C_out, T_out)")  # fmt: skip
     checks.parameter(op, "residual", residual, x, "x", (batch, out_channels, *out_sizes),
                      symbols="(B, C_out, T_out, H_out, W_out)")  # fmt: skip
     if not isinstance(stats_groups, int) or stats_groups < 0 or (stats_groups and out_channels % stats_groups):
         checks.fail(op, "stats_groups", f"0, or a divisor of C_out = {out_channels}", stats_groups)
+
+
+def _geometry(*arguments: Any) -> tuple[int, tuple[int, int, int]]:
+    """`_check_geometry`, remembered between eager calls: a network asks the same question in every step."""
+    if not torch.compiler.is_compiling():
+        with contextlib.suppress(TypeError):  # a list is not hashable
+            return _remembered_geometry(*arguments)
+    return _check_geometry(*arguments)
+
+
+def _check_geometry(
+    op: str, sizes: tuple[int, int, int], kernel: tuple[int, int, int], stride: Any, padding: Any, dilation: Any,
+    padding_mode: Any,
+) -> tuple[int, tuple[int, int, int]]:  # fmt: skip
+    """The front temporal padding and (T_out, H_out, W_out), from checked arguments."""
+    _check_numbers(op, "stride", stride, (3,), least=1)
+    _check_numbers(op, "dilation", dilation, (3,), least=1)
+    modes = _check_padding(op, padding, stride, padding_mode)
+    pads = paddings(padding, kernel, triple(dilation))
+    for size, mode, first, last, name in zip(sizes, modes, pads[::2], pads[1::2], "THW", strict=True):
+        if mode == "replicate" and size == 0 and (first or last):
+            checks.fail(op, "x", f"{name} of at least 1, for padding_mode 'replicate' to repeat", 0)
+    out_sizes = output_sizes(sizes, kernel, triple(stride), pads, triple(dilation))
+    if min(out_sizes) < 1:
+        checks.fail(op, "weight", f"a kernel that fits into the padded (T, H, W) of x = {sizes} with {pads}", kernel)
+    return pads[0], out_sizes
+
+
+_remembered_geometry = functools.lru_cache(maxsize=1024, typed=True)(_check_geometry)
 
 
 def _check_numbers(op: str, argument: str, value: object, lengths: tuple[int, ...], least: int) -> None:

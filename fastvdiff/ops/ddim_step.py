@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,9 +11,6 @@ from fastvdiff.reference.ddim_step import PREDICTION_TYPES
 from fastvdiff.reference.ddim_step import ddim_step as _reference
 
 from . import registration
-
-if TYPE_CHECKING:
-    from fastvdiff.native.ddim_step import Step
 
 _OP = "ddim_step"
 _Optional = torch.Tensor | None
@@ -119,8 +116,9 @@ def _check_tensors(
         checks.fail(_OP, "sample", "two dimensions or more, the batch first", f"shape {tuple(sample.shape)}")
     if model_output is None:
         checks.fail(_OP, "model_output", "a tensor", "None", TypeError)
+    shape = tuple(sample.shape)
     for name, value in (("model_output", model_output), ("uncond_output", uncond_output), ("noise", noise)):
-        checks.parameter(_OP, name, value, sample, "sample", tuple(sample.shape), symbols="of sample")
+        checks.parameter(_OP, name, value, sample, "sample", shape, symbols="of sample")
     if noise_seed is not None:
         checks.tensor(_OP, "noise_seed", noise_seed)
         checks.same_device(_OP, "noise_seed", noise_seed, sample, "sample")
@@ -207,12 +205,13 @@ def _call_native(
     noise_seed: _Optional, clip_sample: float | None, dynamic_threshold: tuple[float, float] | None,
     use_clipped_model_output: bool, return_pred_original: bool,
 ) -> tuple[torch.Tensor, _Optional]:  # fmt: skip
+    dtype = sample.dtype
     ratio, most = dynamic_threshold or (0.0, 0.0)
     prev, original = registration.call(
         _forward_op,
         dispatch.needs_grad(sample, model_output, uncond_output, noise),
         sample,
-        *(t if t is None else t.to(sample.dtype) for t in (model_output, uncond_output, noise)),
+        *(t if t is None or t.dtype is dtype else t.to(dtype) for t in (model_output, uncond_output, noise)),
         noise_seed,
         *_tensor_or_value(alpha_t, sample),
         *_tensor_or_value(alpha_prev, sample),
@@ -242,12 +241,6 @@ def _tensor_or_value(number: float | torch.Tensor, like: torch.Tensor) -> tuple[
     return None, float(number)
 
 
-def _step(arguments: tuple[Any, ...]) -> Step:
-    from fastvdiff.native.ddim_step import Step
-
-    return Step(*arguments)
-
-
 def _cpu_forward(
     sample: torch.Tensor, model_output: torch.Tensor, uncond_output: _Optional, noise: _Optional, noise_seed: _Optional,
     *arguments: Any,
@@ -255,7 +248,7 @@ def _cpu_forward(
     from fastvdiff.native import ddim_step as native
 
     *step, wanted = arguments
-    return native.forward(sample, model_output, uncond_output, noise, noise_seed, _step(tuple(step)), wanted)
+    return native.forward(sample, model_output, uncond_output, noise, noise_seed, native.Step(*step), wanted)
 
 
 def _fake_forward(sample: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,7 +264,7 @@ def _cpu_backward(
     *step, wanted = arguments
     like = _first(sample, grad_prev, grad_original)
     clipped = (sample, model_output, uncond_output)
-    return native.backward(grad_prev, grad_original, like, clipped, _step(tuple(step)), tuple(wanted))
+    return native.backward(grad_prev, grad_original, like, clipped, native.Step(*step), tuple(wanted))
 
 
 def _fake_backward(

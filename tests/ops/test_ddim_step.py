@@ -108,6 +108,18 @@ def test_every_instruction_set_over_many_blocks(isa: str, dtype: torch.dtype, la
             guidance_scale=torch.rand(2, 5) * 5, guidance_rescale=0.5, dynamic_threshold=(0.99, 2.0), eta=1.0,
             noise_seed=torch.tensor([2**62 + 3]),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", native.available_isas())
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_results_that_bypass_the_caches(isa: str, dtype: torch.dtype) -> None:
+    """More bytes than the kernel's limit for plain stores; frames and samples begin between two vectors' addresses."""
+    x, out, uncond = (torch.randn(2, 3, 7, 257, 263).to(dtype) for _ in range(3))
+    with native.use_isa(isa):
+        hold(
+            ddim_step, x, out, 0.4, 0.7, impl="cpu", dtype=dtype, uncond_output=uncond,
+            guidance_scale=torch.rand(2, 7) * 5, clip_sample=1.0,
+        )  # fmt: skip
         leaves = [t.clone().requires_grad_() for t in (x, out, uncond)]
         hold(
             ddim_step, *leaves[:2], 0.3, 0.6, impl="cpu", dtype=dtype, uncond_output=leaves[2], guidance_scale=3.0,
