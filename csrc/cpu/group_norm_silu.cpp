@@ -9,7 +9,8 @@
 //              when there are too few groups; channels_last: blocks of whole channel rows inside one frame, statistics
 //              of all of them first. How sums are split depends on sizes and strides alone, never on the threads.
 // Traffic      forward: x read once from memory and once from cache (twice past cache size), y written once;
-//              backward: x and dy the same way, dx written once.
+//              backward: x twice, dy once and dx written, read and written again (float32 with silu: the first pass
+//              leaves dz in dx, so that there is one sigmoid per value), else x and dy twice and dx written once.
 // Precision    float32 inside; statistics from sums around a nearby mean, combined in float64; x - m is taken before
 //              the scaling, so that a large mean does not cancel. No atomics.
 // Refuses      nothing that the header allows.

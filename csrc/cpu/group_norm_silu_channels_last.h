@@ -14,13 +14,13 @@ struct Count {
   static constexpr int value = kCount;
 };
 
-// f(Count, first row) over `rows` rows. Eight narrow rows go together, so that coefficients and sums are loaded once for
+// f(Count, first row) over `rows` rows. Four narrow rows go together, so that coefficients and sums are loaded once for
 // them; wide ones one by one, because reading several streams at once costs more there than the loads (2x from memory).
 template <class F>
 inline void each_step(int64_t rows, bool narrow, F f) {
   int64_t r = 0;
   if (narrow)
-    for (; r + 8 <= rows; r += 8) f(Count<8>{}, r);
+    for (; r + 4 <= rows; r += 4) f(Count<4>{}, r);
   for (; r < rows; ++r) f(Count<1>{}, r);
 }
 

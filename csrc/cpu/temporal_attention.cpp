@@ -2,15 +2,16 @@
 //
 // Computes   y = softmax(scale * rot(q) rot(k)^T + bias, forbidden keys at -inf) v at each position and head, and its
 //            backward: dv = P^T dy, dS = P (dP - rowsum(P dP)) with dP = dy v^T, dq = scale dS k, dk = scale dS^T q.
-// Layout     any strides. Positions are the SIMD lanes: a block of kWidth neighbouring positions of one head is kWidth
-//            independent attentions, so products, softmax and rotation need no shuffles. Blocks enter lane scratch by
-//            plain loads where positions are neighbours in memory, by 4 x kWidth transposes where dims are.
-// Work split an item is a strip of up to four blocks that are neighbours in memory, of one head's next positions or of
-//            the next heads; a chunk of items runs on one worker.
-// Traffic    4 tensors forward, 7 backward, each element once; scratch stays in L2 to T of about 64.
+// Layout     any strides. Where dims are neighbours in memory, queries are the SIMD lanes of the scores and dims those
+//            of everything else (temporal_attention_rows.h). Elsewhere positions are the lanes: a block of kWidth of
+//            them in one head is kWidth independent attentions, so products, softmax and rotation need no shuffles.
+// Work split rows: an item is up to four positions of as many heads as L2 holds; lanes: a strip of up to four blocks
+//            that are neighbours in memory. A chunk of items runs on one worker (temporal_attention_chunks.h).
+// Traffic    4 tensors forward, 7 backward, each element once; scratch stays in L2 to T of about 64. Rows fetch the
+//            next item during the arithmetic of one, and results of large calls go past the caches.
 // Precision  fp32 from the load to the store; the backward computes P again from q, k and the tables. dbias is summed
-//            per lane over a chunk, then over lanes, then over chunks in order: the chunks follow from the sizes alone.
-// Refuses    nothing; lanes past the last position are wasted, so a handful of positions is slow.
+//            over a chunk (per lane, then over lanes), then over chunks in order: they follow from the sizes alone.
+// Refuses    nothing; by lanes, those past the last position are wasted, so a handful of positions is slow.
 
 #include "temporal_attention_rows.h"
 

@@ -1,6 +1,6 @@
-// Arithmetic of one position and head on rows: its frames lie one after the other, dims next to each other, as in a
-// tensor whose dims are neighbours in memory. Scores are held with queries as lanes, [key][query], so that the softmax
-// crosses no lanes; every product broadcasts the elements of one operand over the vectors of the other.
+// temporal_attention where the dims of every tensor are neighbours in memory. The frames of one position and head
+// become rows that follow each other in scratch; scores are held with queries as lanes, [key][query], so that the
+// softmax crosses no lanes, and every product broadcasts the elements of one operand over the vectors of the other.
 #pragma once
 
 #include "temporal_attention_chunks.h"
@@ -17,7 +17,7 @@ struct Elements {
   int64_t row, col;
 };
 
-constexpr int kBroadcastRows = kWidth == 16 ? 8 : 4;
+constexpr int kMostRows = kWidth == 16 ? 10 : 5;  // of a tile of two vectors: accumulators fit the registers
 
 template <int Rows, int Cols>
 inline void broadcast_tile(Elements a, const float* b, int64_t b_row, int64_t inner, float factor, float* c,
@@ -27,37 +27,42 @@ inline void broadcast_tile(Elements a, const float* b, int64_t b_row, int64_t in
     vf right[Cols];
 #pragma GCC unroll 2
     for (int j = 0; j < Cols; ++j) right[j] = load(vec(b + l * b_row, j));
-#pragma GCC unroll 8
+#pragma GCC unroll 10
     for (int i = 0; i < Rows; ++i) {
       const float left = a.data[i * a.row + l * a.col];
 #pragma GCC unroll 2
       for (int j = 0; j < Cols; ++j) sum[i][j] += left * right[j];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 10
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < Cols; ++j) store(vec(c + i * c_row, j), sum[i][j] * factor);
 }
 
+// A row of tiles; Rows is found by counting down.
 template <int Rows>
-inline void broadcast_rows(Elements a, const float* b, int64_t b_row, int64_t inner, float factor, float* c,
-                           int64_t c_row, int64_t floats) {
+inline void broadcast_rows(Elements a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows,
+                           int64_t inner, int64_t floats, float factor) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return broadcast_rows<Rows - 1>(a, b, b_row, c, c_row, rows, inner, floats, factor);
+  }
   int64_t j = 0;
   for (; j + 2 * kWidth <= floats; j += 2 * kWidth)
     broadcast_tile<Rows, 2>(a, b + j, b_row, inner, factor, c + j, c_row);
   if (j < floats) broadcast_tile<Rows, 1>(a, b + j, b_row, inner, factor, c + j, c_row);
 }
 
-// c (rows x floats) = factor * a (rows x inner) b (inner x floats), `floats` whole vectors.
+// c (rows x floats) = factor * a (rows x inner) b (inner x floats), `floats` whole vectors. Tiles have about the same
+// height: a low one would wait for its own sums.
 inline void broadcast_product(Elements a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows,
                               int64_t inner, int64_t floats, float factor) {
-  const auto step = [&](int64_t done) { a.data += done * a.row, c += done * c_row, rows -= done; };
-  for (; rows >= kBroadcastRows; step(kBroadcastRows))
-    broadcast_rows<kBroadcastRows>(a, b, b_row, inner, factor, c, c_row, floats);
-  if (rows >= 4) broadcast_rows<4>(a, b, b_row, inner, factor, c, c_row, floats), step(4);
-  if (rows >= 2) broadcast_rows<2>(a, b, b_row, inner, factor, c, c_row, floats), step(2);
-  if (rows >= 1) broadcast_rows<1>(a, b, b_row, inner, factor, c, c_row, floats);
+  const int64_t parts = (rows + kMostRows - 1) / kMostRows;
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t first = rows * i / parts, height = rows * (i + 1) / parts - first;
+    broadcast_rows<kMostRows>({a.data + first * a.row, a.row, a.col}, b, b_row, c + first * c_row, c_row, height, inner,
+                              floats, factor);
+  }
 }
 
 // Frames become lanes: out [dim][frame], `lanes` floats from a dim to the next, from rows of whole vectors. Lanes past
@@ -123,6 +128,7 @@ FASTVDIFF_INLINE inline void fetch_rows(const Rows<const T>& x, int64_t frames, 
   }
 }
 
+// dims beyond the last, to the next whole vector, read as 0.
 template <class T>
 void read_rows(const Rows<const T>& x, int64_t frames, int64_t dim, float* out, int64_t row, int64_t size) {
   walk_rows(x, frames, row, size, [&](const T* from, int64_t to) {
@@ -130,6 +136,7 @@ void read_rows(const Rows<const T>& x, int64_t frames, int64_t dim, float* out, 
   });
 }
 
+// The way back; `streamed` for whole, aligned vectors only.
 template <bool streamed, class T>
 void write_rows(const Rows<T>& y, int64_t frames, int64_t dim, const float* in, int64_t row, int64_t size) {
   walk_rows(y, frames, row, size, [&](T* to, int64_t from) {
@@ -169,12 +176,13 @@ inline void transpose_added(const float* added, int64_t frames, int64_t keys, fl
 // Above this many bytes in all tensors of a call, a result has left the caches before it is read next: a plain store
 // would first read a line that nobody wants.
 constexpr int64_t kCachedBytes = int64_t{24} << 20;
-constexpr int64_t kItemFloats = 192 * 1024 / 4;  // what an item's rows may take of a core's L2
-constexpr int64_t kItemPositions = 4;
+constexpr int64_t kItemFloats = 192 * 1024 / 4;  // what an item's rows may take of a core's L2, beside the next one's
+constexpr int64_t kItemPositions = 4;            // of an item, at most
 
 // How a call is cut up, from its sizes alone. `backward` calls have p.grad.
 struct RowsPlan {
-  bool backward, added, streamed;
+  bool backward, added;  // added: bias, mask or causal
+  bool streamed;   // results go past the caches
   int64_t row;     // floats from a frame's dims to the next's
   int64_t size;    // floats of one position and head of a tensor
   int64_t lanes;   // floats from a key's scores to the next's
@@ -184,6 +192,7 @@ struct RowsPlan {
   Chunks cut;
   int64_t worker;  // floats of a worker's scratch
 
+  // Floats of one position and head of a tensor.
   static int64_t unit(const TemporalAttentionParams& p) {
     // An odd number of lines, so that units do not share cache sets.
     return (whole_lines((p.frames > p.keys ? p.frames : p.keys) * whole_vectors(p.dim)) / kAlign | 1) * kAlign;
@@ -195,6 +204,7 @@ struct RowsPlan {
     return Chunks(p, fit(kItemPositions, kItemFloats / (floats * heads)), heads);
   }
 
+  // Whether whole vectors of x are where stream() wants them.
   template <class T>
   static bool streams(const TemporalAttentionParams& p, const FrameView& x) {
     const auto whole = [](int64_t elements) { return elements % kWidth == 0; };
@@ -222,6 +232,7 @@ inline bool dims_are_neighbours(const TemporalAttentionParams& p) {
          next(p.dk) && next(p.dv);
 }
 
+// One worker's scratch, cut up, and what it does with an item; a unit is one position and head of it.
 template <class T>
 class RowsWorker {
  public:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 from fastvdiff.dispatch import Facts
 
@@ -18,6 +19,11 @@ _RECORDED: dict[Any, type] = {}  # op -> its autograd function
 _KERNELS: dict[Any, Callable[..., Any]] = {}  # op -> its CPU kernel
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _VALUES = frozenset({type(None), bool, int, float, str})
+# What tells whether a call may go past the dispatcher is not torch's public interface: without it, calls do not.
+_BYPASS = all(
+    hasattr(torch._C, name)
+    for name in ("_len_torch_dispatch_stack", "_are_functorch_transforms_active", "_get_tracing_state")
+) and hasattr(torch._C._autograd, "_profiler_enabled")
 
 
 def define(schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -66,7 +72,7 @@ def _function(op: Any, setup_context: Callable[..., None], backward: Callable[..
 
 def below_autograd(op: Any, *args: Any) -> Any:
     """`op(*args)` straight to its kernel; past the dispatcher too, 5 to 11 us a call, where nothing waits there."""
-    if _unobserved() and all(map(_ordinary, args)):
+    if _BYPASS and _unobserved() and all(map(_ordinary, args)):
         return _KERNELS[op](*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -96,13 +102,24 @@ def call(op: Any, recorded: bool, *args: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return op(*args)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(op, args)
     if recorded and op in _RECORDED:
         function = _RECORDED[op]
-        if torch._C._are_functorch_transforms_active():
+        if not _BYPASS or torch._C._are_functorch_transforms_active():
             return function.apply(*args)
         # Function.apply less its binding of arguments by name: 20 us a call.
         return super(torch.autograd.Function, function).apply(*args)
     return op(*args) if recorded else below_autograd(op, *args)
+
+
+def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:
+    """Forward-mode differentiation would lose its tangents in the kernel without a word."""
+    if any(isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+        raise NotImplementedError(
+            f"{op._schema.name.replace('::', '.')}: its kernel has no forward-mode derivative;"
+            ' pass impl="reference" under torch.func.jvp'
+        )
 
 
 def _vmap_refusal(op: Any) -> Callable[..., NoReturn]:

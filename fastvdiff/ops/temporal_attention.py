@@ -14,7 +14,6 @@ from . import attention_checks, registration
 
 _OP = "temporal_attention"
 _LANES = 16  # positions of an AVX-512 vector
-_MOST_OF_A_HEAD = 16384  # frames * dims beyond which torch's matrix products are as fast
 
 
 def temporal_attention(
@@ -68,11 +67,7 @@ def temporal_attention(
     _check(q, k, v, attn_bias, attn_mask, rotary, rotary_style, k_offset, scale)
     dtype = registration.autocast_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    facts = dispatch.facts_of(
-        q,
-        dispatch.needs_grad(q, k, v, attn_bias),
-        keys=k.shape[1],
-    )
+    facts = dispatch.facts_of(q, dispatch.needs_grad(q, k, v, attn_bias))
     chosen = dispatch.choose(_OP, facts, impl)
     with registration.without_autocast(q):
         return chosen.call(q, k, v, attn_bias, attn_mask, rotary, rotary_style, k_offset, scale, is_causal)
@@ -106,15 +101,11 @@ def _check(
 
 def _slower(facts: dispatch.Facts) -> str | None:
     """The classes in which the kernel lost against torch on x86 with AVX-512, forward or forward and backward."""
-    _, frames, positions, _, dim = facts.shape
-    # Where dims are neighbours torch pays least for its permutations.
-    dims_next = facts.strides[4] == 1
+    positions = facts.shape[2]
     lanes = -(-positions // _LANES) * _LANES
-    if positions < (0.6 if dims_next else 0.4) * lanes:
+    # Where dims are neighbours, positions are no lanes.
+    if facts.strides[4] != 1 and positions < 0.4 * lanes:
         return f"slower here: {positions} positions would fill too few of {lanes} lanes"
-    longest = max(frames, facts.options["keys"])
-    if dims_next and facts.dtype != torch.float16 and longest * dim > _MOST_OF_A_HEAD:
-        return f"slower here: {longest} frames of {dim} dims, more than {_MOST_OF_A_HEAD} elements, in channels_last_3d"
     return None
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdiff import dispatch, native, ops
 from fastvdiff.ops import group_norm_silu
@@ -294,6 +295,19 @@ def test_float64_runs_the_reference() -> None:
         group_norm_silu(x, 4, impl="cpu")
 
 
+def test_forward_mode_names_the_way_out() -> None:
+    x = torch.randn(2, 8, 3, 4, 5)
+    with pytest.raises(NotImplementedError, match=r'no forward-mode derivative; pass impl="reference"'):
+        torch.func.jvp(lambda t: group_norm_silu(t, 4, impl="cpu"), (x,), (torch.randn_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        group_norm_silu(x, 4, impl="cpu")  # nothing to lose: no tangent
+        dual = torch.autograd.forward_ad.make_dual(x, torch.randn_like(x))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            group_norm_silu(dual, 4, impl="cpu")
+        y = group_norm_silu(dual, 4, impl="reference")
+        assert torch.autograd.forward_ad.unpack_dual(y).tangent.any()
+
+
 def test_second_derivative_names_the_way_out() -> None:
     x = torch.randn(2, 8, 3, 4, 5, requires_grad=True)
     (g,) = torch.autograd.grad(group_norm_silu(x, 4, impl="cpu").square().sum(), x, create_graph=True)
@@ -301,6 +315,28 @@ def test_second_derivative_names_the_way_out() -> None:
         g.sum().backward()
     (g,) = torch.autograd.grad(group_norm_silu(x, 4, impl="reference").square().sum(), x, create_graph=True)
     g.sum().backward()
+
+
+def test_a_pending_negation_is_seen() -> None:
+    x = torch.randn(2, 8, 3, 5, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(group_norm_silu(x, 4, impl="cpu"), group_norm_silu(x.resolve_neg(), 4, impl="cpu"))
+
+
+def test_modes_and_profilers_see_the_op() -> None:
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    x = torch.randn(2, 8, 3, 5, requires_grad=True)
+    with Seen():
+        group_norm_silu(x, 4, impl="cpu").sum().backward()
+    assert {"fastvdiff.group_norm_silu.default", "fastvdiff.group_norm_silu_backward.default"} <= set(names)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        group_norm_silu(x, 4, impl="cpu")
+    assert "fastvdiff::group_norm_silu" in {event.key for event in profile.key_averages()}
 
 
 def test_vmap_names_the_way_out() -> None:

@@ -124,6 +124,14 @@ def test_every_instruction_set_over_many_strips(isa: str, dtype: torch.dtype, la
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("isa", native.available_isas())
+def test_results_that_go_past_the_caches(isa: str) -> None:
+    """More than 24 MB in all tensors of a call, forward and backward."""
+    q, k, v = (frames_first((1, 16, 801, 4, 32), torch.randn).requires_grad_() for _ in range(3))
+    with native.use_isa(isa):
+        hold(temporal_attention, q, k, v, impl="cpu", dtype=torch.float32)
+
+
 @pytest.mark.parametrize(("frames", "dim"), [(128, 8), (256, 4), (70, 160)])
 def test_many_frames(frames: int, dim: int) -> None:
     q, k, v = (torch.randn(1, frames, 5, 1, dim, requires_grad=True) for _ in range(3))
@@ -334,12 +342,13 @@ def test_second_derivatives_and_vmap_name_the_reference() -> None:
     [
         (frames_first, (1, 16, 1024, 4, 32), torch.float32, None),
         (frames_first, (1, 16, 12, 4, 32), torch.float32, None),
-        (frames_first, (1, 16, 9, 4, 32), torch.float32, "slower here: 9 positions would fill too few of 16 lanes"),
+        (frames_first, (1, 16, 9, 4, 32), torch.float32, None),
+        (frames_first, (1, 16, 3, 4, 32), torch.float32, None),
         (channels_first, (1, 16, 9, 4, 32), torch.float32, None),
         (channels_first, (1, 16, 6, 4, 32), torch.float32, "slower here: 6 positions would fill too few of 16 lanes"),
         (frames_first, (0, 16, 0, 4, 32), torch.float32, None),
         (frames_first, (1, 256, 32, 1, 64), torch.float32, None),
-        (frames_first, (1, 256, 32, 1, 80), torch.float32, "slower here: 256 frames of 80 dims, more than"),
+        (frames_first, (1, 256, 32, 1, 80), torch.float32, None),
         (frames_first, (1, 256, 32, 1, 80), torch.float16, None),
         (channels_first, (1, 256, 32, 1, 80), torch.float32, None),
     ],
