@@ -34,8 +34,11 @@ $(VENV)/installed: $(BIN)/python $(SOURCES)
 	$(PIP) install -q -c constraints.txt -e .
 	touch $@
 
+# The extra's requirements by themselves: installing ".[test]" would compile the kernels a second time.
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) install -q -c constraints.txt -e ".[test]"
+	$(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	    print(*p['optional-dependencies']['test'], sep='\n')" > $(VENV)/test-requirements.txt
+	$(PIP) install -q -c constraints.txt -r $(VENV)/test-requirements.txt
 	touch $@
 
 clean:

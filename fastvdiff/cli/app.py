@@ -47,7 +47,7 @@ def sample(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to; .mp4, .gif or .png (a sheet of frames).")],
     negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 3.0,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.5,
     eta: Annotated[float, typer.Option(help="0: DDIM's deterministic path; 1: as much noise as DDPM.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Of the noise; drawn and printed if not given.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames; by default as the model was trained.")] = None,

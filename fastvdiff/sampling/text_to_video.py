@@ -19,7 +19,7 @@ from . import arguments, folder
 from .frames import to_frames
 
 DEFAULT_STEPS = 50
-DEFAULT_GUIDANCE = 3.0
+DEFAULT_GUIDANCE = 1.5
 
 Callback = Callable[["TextToVideoPipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 

@@ -153,7 +153,7 @@ class OutputConfig:
     sample_every: Natural = 1000
     sample_prompts: tuple[str, ...] = ("a red circle moving right", "a blue square moving up")
     sample_steps: Count = 50
-    sample_guidance: Annotated[float, Within(least=0)] = 3.0
+    sample_guidance: Annotated[float, Within(least=0)] = 1.5
 
 
 @dataclass(frozen=True)
