@@ -121,13 +121,6 @@ def _call_reference(
     return _reference(x, num_groups, norm_weight, norm_bias, weight, bias, eps, scale, shift, silu, **convolution)
 
 
-def _slower(facts: dispatch.Facts) -> str | None:
-    """Half the activation memory of the pair costs a second norm: 0.92 to 0.94 of the pair's speed."""
-    return (
-        "slower here: the backward computes the norm again (by name it saves its memory)" if facts.needs_grad else None
-    )
-
-
 def _call_cpu(
     x: torch.Tensor, weight: torch.Tensor, bias: Any, norm: tuple[Any, ...], convolution: dict[str, Any]
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -141,6 +134,6 @@ def _call_cpu(
 
 dispatch.register(
     _OP,
-    dispatch.Impl("cpu", registration.on_cpu, _call_cpu, frozenset({"x86_64"}), _slower),
+    dispatch.Impl("cpu", registration.on_cpu, _call_cpu, frozenset({"x86_64"})),
     dispatch.Impl("reference", lambda facts: None, _call_reference),
 )
