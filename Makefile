@@ -7,7 +7,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PROMPT ?= a red circle moving right
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint bench clean
+# What needs a GPU: STAGES of build, tests, memcheck, initcheck, synccheck and bench (empty: all), with SELECT as pytest's
+# -k for bench. Results are added to those in RESULTS. FASTVDIFF_NO_ISOLATION=1 uses PYTHON's environment as it is.
+STAGES ?=
+SELECT ?=
+RESULTS ?= benchmarks/results
+
+.PHONY: demo test lint bench gpu clean
 
 demo: $(VENV)/installed
 	mkdir -p demo
@@ -16,8 +22,8 @@ demo: $(VENV)/installed
 	$(BIN)/fastvdiff verify
 
 test: $(VENV)/installed-test lint
-	$(BIN)/python -m pytest tests -q --durations=15
-	$(BIN)/python -m pytest benchmarks -q --benchmark-disable
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -q -n auto --maxprocesses 8 --dist loadfile --durations=15
+	$(BIN)/python -m pytest benchmarks -q --benchmark-disable --device cpu
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -26,6 +32,14 @@ lint: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m pytest benchmarks --benchmark-only -q
+
+ifdef FASTVDIFF_NO_ISOLATION
+gpu:
+	FASTVDIFF_NO_ISOLATION=1 $(PYTHON) -m benchmarks.gpu $(STAGES) --results "$(RESULTS)" --select "$(SELECT)"
+else
+gpu: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks.gpu $(STAGES) --results "$(RESULTS)" --select "$(SELECT)"
+endif
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -45,5 +45,5 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     packages=[*find_packages(include=["fastvdiff", "fastvdiff.*"]), "fastvdiff.kernels"],
     package_dir={"fastvdiff": "fastvdiff", "fastvdiff.kernels": "kernels"},
-    package_data={"fastvdiff": ["assets/tiny.toml", "assets/tiny/**/*", "py.typed"]},
+    package_data={"fastvdiff": ["assets/*.toml", "assets/tiny/**/*", "py.typed"]},
 )

@@ -79,7 +79,7 @@ def _group_norm_silu() -> list[Case]:
     return cases
 
 
-def _frames_first(t: torch.Tensor, heads: int) -> torch.Tensor:
+def frames_first(t: torch.Tensor, heads: int) -> torch.Tensor:
     """(B, heads*D, T, H, W) as the op takes it, (B, T, S, heads, D): a view in either memory format."""
     return t.flatten(3).unflatten(1, (heads, -1)).permute(0, 3, 4, 1, 2)
 
@@ -87,7 +87,7 @@ def _frames_first(t: torch.Tensor, heads: int) -> torch.Tensor:
 def _temporal_attention() -> list[Case]:
     def fast(heads: int) -> Callable[..., Any]:
         def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-            views = (_frames_first(t, heads) for t in (q, k, v))
+            views = (frames_first(t, heads) for t in (q, k, v))
             y = ops.temporal_attention(*views, attn_bias=bias)
             return y.permute(0, 3, 4, 1, 2).flatten(1, 2).unflatten(3, q.shape[3:])
 

@@ -1,4 +1,4 @@
-"""What a user writes without fastvdiff: the baselines, in plain torch and einops."""
+"""What a user writes without fastvdiff: the baselines, in plain torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 
 
 def group_norm_silu(x: Any, groups: int, weight: Any, bias: Any, scale: Any = None, shift: Any = None) -> torch.Tensor:
@@ -17,12 +16,26 @@ def group_norm_silu(x: Any, groups: int, weight: Any, bias: Any, scale: Any = No
     return F.silu(y)
 
 
-def temporal_attention(q: Any, k: Any, v: Any, attn_bias: Any = None, *, heads: int) -> torch.Tensor:
+def temporal_attention(
+    q: Any, k: Any, v: Any, attn_bias: Any = None, cos: Any = None, sin: Any = None, *, heads: int
+) -> torch.Tensor:
     """Frames to the sequence axis, SDPA, and back: q, k and v are (B, heads*D, T, H, W)."""
-    batch, height = q.shape[0], q.shape[-2]
-    q, k, v = (rearrange(t, "b (n d) t h w -> (b h w) n t d", n=heads) for t in (q, k, v))
+    batch, height, width = q.shape[0], *q.shape[-2:]
+    q, k, v = frames_last(q, k, v, cos, sin, heads=heads)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias)
-    return rearrange(y, "(b h w) n t d -> b (n d) t h w", b=batch, h=height)
+    return y.unflatten(0, (batch, height, width)).permute(0, 3, 5, 4, 1, 2).flatten(1, 2)
+
+
+def frames_last(q: Any, k: Any, v: Any, cos: Any = None, sin: Any = None, *, heads: int) -> tuple[torch.Tensor, ...]:
+    """q, k and v as SDPA takes them, (B*H*W, heads, T, D): a copy of each; q and k turned by rotary (cos, sin)."""
+    q, k, v = (t.unflatten(1, (heads, -1)).permute(0, 4, 5, 1, 3, 2).flatten(0, 2) for t in (q, k, v))
+    return (q, k, v) if cos is None else (rotate(q, cos, sin), rotate(k, cos, sin), v)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions on interleaved pairs: x (..., T, D), cos and sin (T, D/2) in float32, the result as x."""
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
 def temporal_attention_block(
@@ -30,13 +43,13 @@ def temporal_attention_block(
     norm_bias: Any, heads: int,
 ) -> torch.Tensor:  # fmt: skip
     """Pre-norm, projections, attention over frames, output projection and residual."""
-    height = x.shape[-2]
-    rows = F.layer_norm(rearrange(x, "b c t h w -> (b h w) t c"), x.shape[1:2], norm_weight, norm_bias)
+    batch, (height, width) = x.shape[0], x.shape[-2:]
+    rows = F.layer_norm(x.permute(0, 3, 4, 2, 1).flatten(0, 2), x.shape[1:2], norm_weight, norm_bias)
     q, k, v = (
-        rearrange(F.linear(rows, weight), "s t (n d) -> s n t d", n=heads) for weight in (q_weight, k_weight, v_weight)
+        F.linear(rows, weight).unflatten(-1, (heads, -1)).transpose(1, 2) for weight in (q_weight, k_weight, v_weight)
     )
-    y = rearrange(F.scaled_dot_product_attention(q, k, v), "s n t d -> s t (n d)")
-    return x + rearrange(F.linear(y, out_weight, out_bias), "(b h w) t c -> b c t h w", h=height, b=x.shape[0])
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return x + F.linear(y, out_weight, out_bias).unflatten(0, (batch, height, width)).permute(0, 4, 3, 1, 2)
 
 
 def conv3d(x: Any, weight: Any, bias: Any) -> torch.Tensor:
@@ -58,7 +71,38 @@ def ddim_step(
     sample: Any, conditional: Any, unconditional: Any, alpha_t: float, alpha_prev: float, guidance: float, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Guidance, x0, clip and the deterministic update for an epsilon model."""
-    epsilon = unconditional + guidance * (conditional - unconditional)
-    x0 = (sample - (1 - alpha_t) ** 0.5 * epsilon) / alpha_t**0.5
+    x0, epsilon = _original(sample, conditional, unconditional, alpha_t, guidance)
     clipped = x0.clamp(-clip, clip)
     return alpha_prev**0.5 * clipped + (1 - alpha_prev) ** 0.5 * epsilon, clipped
+
+
+def ddim_step_noise(
+    sample: Any, conditional: Any, unconditional: Any, alpha_t: float, alpha_prev: float, guidance: float, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The step with eta = 1: as much noise as the ancestral sampler adds, drawn by torch."""
+    x0, epsilon = _original(sample, conditional, unconditional, alpha_t, guidance)
+    clipped = x0.clamp(-clip, clip)
+    variance = (1 - alpha_prev) / (1 - alpha_t) * (1 - alpha_t / alpha_prev)
+    mean = alpha_prev**0.5 * clipped + (1 - alpha_prev - variance) ** 0.5 * epsilon
+    return mean + variance**0.5 * torch.randn_like(sample), clipped
+
+
+def ddim_step_threshold(
+    sample: Any, conditional: Any, unconditional: Any, alpha_t: float, alpha_prev: float, guidance: float,
+    ratio: float, most: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The step with dynamic thresholding: x0 clamped to a quantile of each sample, and divided by it."""
+    x0, epsilon = _original(sample, conditional, unconditional, alpha_t, guidance)
+    magnitudes = x0.flatten(1).abs()
+    magnitudes = magnitudes if magnitudes.dtype == torch.float64 else magnitudes.float()  # quantile takes no bfloat16
+    bound = torch.quantile(magnitudes, ratio, dim=1).clamp(1, most).to(x0.dtype)[:, None, None, None, None]
+    x0 = x0.clamp(-bound, bound) / bound
+    return alpha_prev**0.5 * x0 + (1 - alpha_prev) ** 0.5 * epsilon, x0
+
+
+def _original(
+    sample: Any, conditional: Any, unconditional: Any, alpha_t: float, guidance: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x0 and epsilon of an epsilon model under guidance."""
+    epsilon = unconditional + guidance * (conditional - unconditional)
+    return (sample - (1 - alpha_t) ** 0.5 * epsilon) / alpha_t**0.5, epsilon

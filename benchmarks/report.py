@@ -1,106 +1,39 @@
-"""What the runs found: a table at the end of the session, a JSON file per device, and the README's tables."""
+"""What the results say: the table at the end of a session, the README's tables, and a page per GPU.
+
+`python -m benchmarks.report` writes the tables from benchmarks/results; `--from FOLDER` first adds the results files
+found there (of another machine, or of partial runs).
+"""
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import json
-import platform
-import re
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
+from benchmarks import gpu_report
+from benchmarks.record import RESULTS, ROOT, Record, Row, keep
 
-from benchmarks.timing import Spread
-from fastvdiff import __version__, dispatch, native, verified
-
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PROVIDERS = ("eager", "eager channels_last", "torch.compile", "reference", "fastvdiff")
+START, END = "<!-- results: written by python -m benchmarks.report -->", "<!-- end of results -->"
 
 
-@dataclass
-class Row:
-    """One case: its providers' milliseconds, or what was wrong with it."""
-
-    op: str
-    impl: str
-    case: str
-    correct: bool
-    times: dict[str, Spread] = field(default_factory=dict)
-    target: float | None = None
-    failure: str = ""
-    extra: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def speedup(self) -> float:
-        """Times faster than eager in the same memory format."""
-        return self.times["eager"].median / self.times["fastvdiff"].median
-
-
-class Recorder:
-    """Collects the rows of a session."""
-
-    def __init__(self, budget: float, compiled: bool) -> None:
-        self.budget, self.compile = budget, compiled
-        self.rows: list[Row] = []
-
-    @contextlib.contextmanager
-    def correct(self, case: Any) -> Iterator[None]:
-        """Record a case that fails inside the block as FAILED, and let the failure through."""
-        try:
-            yield
-        except Exception as error:
-            self.rows.append(Row(case.op, _impl(case.op), case.name, False, failure=str(error)))
-            raise
-
-    def add(
-        self, op: str, case: str, times: dict[str, Spread], target: float | None, extra: dict[str, float] | None = None
-    ) -> None:
-        """Record a case that was right, with its times."""
-        self.rows.append(Row(op, _impl(op), case, True, times, target, extra=extra or {}))
-
-    def text(self) -> str:
-        """The session's table."""
-        width = max((len(row.case) for row in self.rows), default=4)
-        head = [f"{'case':{width}}", *(f"{name:>20}" for name in PROVIDERS), "  against eager   target"]
-        lines = ["".join(head)]
-        for row in self.rows:
-            if not row.correct:
-                lines.append(f"{row.case:{width}}  FAILED: {row.failure}")
-                continue
-            times = (f"{row.times[p].median:17.3f} ms" if p in row.times else " " * 20 for p in PROVIDERS)
-            extra = "".join(f"  {name} {value:.2f}" for name, value in row.extra.items())
-            lines.append(f"{row.case:{width}}{''.join(times)}  {row.speedup:11.2f}x  {_verdict(row)}{extra}")
-        return "\n".join(lines)
-
-    def save(self) -> Path:
-        """Write the results of this device and version; returns the file."""
-        device = re.sub(r"[^a-z0-9]+", "-", f"{verified.device_name('cpu')} {native.isa()}".lower()).strip("-")
-        file = RESULTS / device / f"{__version__}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "architecture": verified.architecture("cpu"),
-            "device": verified.device_name("cpu"),
-            "isa": native.isa(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "fastvdiff": __version__,
-            "unit": "milliseconds: lower quartile, median, upper quartile of interleaved rounds",
-            "cases": [asdict(row) for row in self.rows],
-        }
-        file.write_text(json.dumps(record, indent=1) + "\n")
-        return file
-
-
-def _impl(op: str) -> str:
-    """The implementation that a float32 call of an op runs here: the first that is not the reference, if any."""
-    impls = dispatch.ops().get(op, ())
-    return next((impl.name for impl in impls if impl.name == "cpu"), "reference")
+def text(rows: Sequence[Row]) -> str:
+    """The session's table."""
+    width = max((len(row.case) for row in rows), default=4)
+    if any(row.device for row in rows):
+        return gpu_report.text(rows, width)
+    head = [f"{'case':{width}}", *(f"{name:>20}" for name in PROVIDERS), "  against eager   target"]
+    lines = ["".join(head)]
+    for row in rows:
+        if not row.correct:
+            lines.append(f"{row.case:{width}}  FAILED: {row.failure}")
+            continue
+        times = (f"{row.times[p].median:17.3f} ms" if p in row.times else " " * 20 for p in PROVIDERS)
+        extra = "".join(f"  {name} {value:.2f}" for name, value in row.extra.items())
+        lines.append(f"{row.case:{width}}{''.join(times)}  {row.speedup:11.2f}x  {_verdict(row)}{extra}")
+    return "\n".join(lines)
 
 
 def _verdict(row: Row) -> str:
@@ -109,9 +42,8 @@ def _verdict(row: Row) -> str:
     return f"{row.target:.1f}x {'met' if row.speedup >= row.target else 'MISSED'}"
 
 
-def table(file: Path) -> str:
-    """The README's table of one results file."""
-    record = json.loads(file.read_text())
+def table(record: Record) -> str:
+    """The README's table of a CPU's results."""
     lines = [
         f"{record['device']}, {record['isa']}, {record['threads']} threads, torch {record['torch']}; float32,"
         " medians in milliseconds of interleaved rounds.",
@@ -119,7 +51,8 @@ def table(file: Path) -> str:
         "| case | eager | eager channels_last | torch.compile | fastvdiff | against eager | target |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for case in record["cases"]:
+    cases = [case for case in record["cases"] if case["op"] != "training"]
+    for case in cases:
         if not case["correct"]:
             lines.append(f"| {case['case']} | FAILED | | | | | |")
             continue
@@ -128,19 +61,59 @@ def table(file: Path) -> str:
         ratio = median["eager"] / median["fastvdiff"]
         target = "" if case["target"] is None else f"{case['target']:.1f}x"
         lines.append(f"| {case['case']} | {' | '.join(shown)} | {ratio:.2f}x | {target} |")
-    return "\n".join(lines)
+    return "\n".join(lines + _training_table([case for case in record["cases"] if case["op"] == "training"]))
 
 
-def update_readme() -> None:
-    """Put the tables of all results files between the README's markers."""
-    readme = ROOT / "README.md"
-    tables = "\n\n".join(table(file) for file in sorted(RESULTS.rglob("*.json")))
-    start, end = "<!-- results: written by python -m benchmarks.report -->", "<!-- end of results -->"
-    before, _, rest = readme.read_text().partition(start)
-    _, _, after = rest.partition(end)
-    readme.write_text(f"{before}{start}\n\n{tables}\n\n{end}{after}")
+def _training_table(cases: Sequence[Record]) -> list[str]:
+    """Whole training steps by who made them: how many a second, and the most memory that one of them held."""
+    if not cases:
+        return []
+    lines = ["", "| training | steps per second | against eager | peak memory |", "|---|---:|---:|---:|"]
+    for case in cases:
+        eager = case["times"]["eager"]["median"]
+        for provider, spread in case["times"].items():
+            rate, ratio = 1e3 / spread["median"], eager / spread["median"]
+            peak = case["extra"][f"peak MB {provider}"]
+            lines.append(f"| {case['case']}, {provider} | {rate:.2f} | {ratio:.2f}x | {peak:.0f} MB |")
+    return lines
+
+
+def write(results: Path = RESULTS, readme: Path = ROOT / "README.md") -> list[Path]:
+    """Put the tables of all results files between the README's markers, and each GPU's own beside its results.
+
+    Returns the files written. A GPU's page stands in its folder; the README shows its headline cases.
+    """
+    tables, written = [], [readme]
+    for file in sorted(results.rglob("*.json")):
+        record = json.loads(file.read_text())
+        if "backend" not in record:
+            tables.append(table(record))
+            continue
+        page = file.parent / "README.md"
+        page.write_text(gpu_report.page(record))
+        written.append(page)
+        tables.append(gpu_report.headline(record, page.relative_to(readme.parent).as_posix()))
+    before, _, rest = readme.read_text().partition(START)
+    after = rest.partition(END)[2]
+    joined = "\n\n".join(tables)
+    readme.write_text(f"{before}{START}\n\n{joined}\n\n{END}{after}")
+    return written
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Add results from elsewhere if asked, and write the tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.partition("\n")[0])
+    parser.add_argument("--from", dest="folder", type=Path, help="a folder with results files to add first")
+    folder = parser.parse_args(arguments).folder
+    if folder is not None:
+        found = sorted(folder.rglob("*.json"))
+        if not found:
+            parser.error(f"--from: expected results files (*.json) in {folder}, found none")
+        for file in found:
+            sys.stdout.write(f"{keep(json.loads(file.read_text()), RESULTS)}: added\n")
+    for file in write():
+        sys.stdout.write(f"{file}: tables written\n")
 
 
 if __name__ == "__main__":
-    update_readme()
-    sys.stdout.write("README.md: tables written\n")
+    main()

@@ -1,4 +1,4 @@
-"""VideoUNet against itself on the reference: the same weights, eager and under torch.compile."""
+"""On a CPU: VideoUNet against itself on the reference: the same weights, eager and under torch.compile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import fastvdiff
 from benchmarks.memory import peak_bytes
-from benchmarks.report import Recorder
+from benchmarks.record import Recorder
 from benchmarks.timing import Race
 
 

@@ -1,4 +1,4 @@
-"""Every op against the eager expression and torch.compile of it, in one interleaved run per case."""
+"""On a CPU: every op against the eager expression and torch.compile of it, in one interleaved run per case."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.cases import CASES, CHANNELS_LAST, Case
-from benchmarks.report import Recorder
-from benchmarks.timing import Race
+from benchmarks.record import Recorder
+from benchmarks.timing import Race, first, timed
 from fastvdiff import accuracy
 
 
@@ -45,22 +45,7 @@ def _tensors(case: Case) -> list[torch.Tensor]:
 
 
 def _call(case: Case, run: Callable[..., Any], tensors: list[torch.Tensor]) -> Callable[[], Any]:
-    """What is timed: the forward without gradient, or forward and backward."""
-    if not case.training:
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return run(*tensors)
-
-        return forward
-
-    leaves = [t.detach().requires_grad_(True) for t in tensors]
-    grad = torch.randn_like(_first(run(*leaves)))
-    return lambda: torch.autograd.grad(_first(run(*leaves)), leaves, grad)
-
-
-def _first(result: Any) -> torch.Tensor:
-    return result[0] if isinstance(result, tuple) else result
+    return timed(run, [t.detach().requires_grad_(case.training) for t in tensors], case.training)
 
 
 def _check(case: Case, tensors: list[torch.Tensor]) -> None:
@@ -78,7 +63,7 @@ def _check(case: Case, tensors: list[torch.Tensor]) -> None:
 
 
 def _values(case: Case, run: Callable[..., Any], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    y = _first(run(*tensors))
+    y = first(run(*tensors))
     if not case.training:
         return [y]
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)

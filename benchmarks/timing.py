@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 
 @dataclass
@@ -22,6 +24,26 @@ class Spread:
         """Quartiles of measured seconds."""
         low, median, high = (1e3 * q for q in statistics.quantiles(seconds, n=4, method="inclusive"))
         return cls(low, median, high)
+
+
+def timed(run: Callable[..., Any], inputs: Sequence[torch.Tensor], training: bool) -> Callable[[], Any]:
+    """What is timed: the forward without gradient, or forward and backward to the inputs that ask for a gradient."""
+    if not training:
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return run(*inputs)
+
+        return forward
+
+    leaves = [t for t in inputs if t.requires_grad]
+    grad = torch.randn_like(first(run(*inputs)))
+    return lambda: torch.autograd.grad(first(run(*inputs)), leaves, grad)
+
+
+def first(result: Any) -> torch.Tensor:
+    """The main output of a call."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 @dataclass

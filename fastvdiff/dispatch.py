@@ -59,6 +59,7 @@ class Impl:
     call: Callable[..., Any]
     verified: frozenset[str] | None = None
     slower: Callable[[Facts], str | None] = lambda facts: None
+    tf32: bool = False
 
 
 @dataclass
@@ -115,8 +116,8 @@ def _reason_against(op: str, impl: Impl, facts: Facts) -> str | None:
     return f"not verified on {here} yet: `fastvdiff verify` checks it on this device"
 
 
-def choose(op: str, facts: Facts, impl: str | None = None) -> Impl:
-    """The implementation of `op` that runs a call with these facts.
+def choose(op: str, facts: Facts, impl: str | None = None, *, record: bool = True) -> Impl:
+    """The implementation of `op` that runs a call with these facts; `record` shows it to `trace` and `explain`.
 
     `impl` (or `use_impl`, or FASTVDIFF_IMPL) asks for one by name, strictly: NotImplementedError lists every
     implementation's reason when it cannot run; ValueError when the op has none of that name.
@@ -127,7 +128,8 @@ def choose(op: str, facts: Facts, impl: str | None = None) -> Impl:
         for candidate in candidates:
             if candidate.name == asked:
                 if candidate.supports(facts) is None:
-                    _record(op, candidate, facts, asked)
+                    if record:
+                        _record(op, candidate, facts, asked)
                     return candidate
                 reasons = "; ".join(f"{c.name}: {c.supports(facts) or 'supported'}" for c in candidates)
                 raise NotImplementedError(f"{op}: impl={asked!r} does not run this call ({reasons})")
@@ -136,7 +138,8 @@ def choose(op: str, facts: Facts, impl: str | None = None) -> Impl:
     for candidate in candidates:
         reason = _reason_against(op, candidate, facts)
         if reason is None:
-            _record(op, candidate, facts, None)
+            if record:
+                _record(op, candidate, facts, None)
             return candidate
         if "fastvdiff verify" in reason:
             _warn_unverified(op, candidate.name, reason)

@@ -24,7 +24,7 @@ class DamagedError(ValueError):
 
 @contextmanager
 def sealed_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; on success it is sealed and takes `path`'s name, on failure it is removed.
+    """Yield an empty folder beside `path`; sealed and verified it takes `path`'s name, on failure it is removed.
 
     ```python
     with sealed_folder("run/checkpoint-00001000") as folder:
@@ -35,7 +35,8 @@ def sealed_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     A folder that is already there is replaced only once the new one is complete. Killed at any moment, `path` is the
     old folder, the new one, or (between two renames) missing with both complete beside it.
 
-    Raises FileNotFoundError where the parent folder does not exist.
+    Raises FileNotFoundError where the parent folder does not exist, DamagedError where what was written reads back
+    differently (`path` is as before then).
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -46,6 +47,7 @@ def sealed_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield aside
         _seal(aside)
+        verify_seal(aside)
         _take_place(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

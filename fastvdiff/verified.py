@@ -11,6 +11,7 @@ import os
 import platform
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,7 +80,6 @@ def load() -> frozenset[tuple[str, str]]:
 def save(device: str, passed: list[str]) -> Path:
     """Record that these "op.impl" names passed on `device`, beside other devices' outcomes; returns the file."""
     file = path()
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     entry = {"name": device_name(device), "passed": sorted(passed)}
     try:
         record = json.loads(file.read_text())
@@ -87,8 +87,13 @@ def save(device: str, passed: list[str]) -> Path:
         devices = record["devices"] if same else {}
     except (OSError, ValueError, KeyError, TypeError):
         devices = {}
-    record = {"version": __version__, "kernels": kernel_hash(), "devices": {**devices, device: entry}}
+    replace(file, {"version": __version__, "kernels": kernel_hash(), "devices": {**devices, device: entry}})
+    return file
+
+
+def replace(file: Path, record: dict[str, Any]) -> None:
+    """Write a record of the user's cache folder at once: a reader sees the old one or the new one."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     aside.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(aside, file)
-    return file

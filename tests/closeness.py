@@ -119,7 +119,7 @@ def _run(
     for i, t in enumerate(differentiable):
         draw = torch.randn(t.shape, generator=torch.Generator().manual_seed(seed + i))
         # Rounded to the narrow dtype once, so that every run sees the same numbers.
-        cotangents.append(draw.to(torch.bfloat16).to(t.dtype))
+        cotangents.append(draw.to(torch.bfloat16).to(t.device, t.dtype))
     grads = torch.autograd.grad(differentiable, list(leaves.values()), cotangents, allow_unused=True)
     found = {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(leaves, grads, strict=True)}
     return outputs, found, result

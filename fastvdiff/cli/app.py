@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Make data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
+evaluation = typer.Typer(help="Measure what a model samples.", no_args_is_help=True)
+app.add_typer(evaluation, name="eval")
 
 
 def main() -> None:
@@ -102,11 +104,37 @@ def shapes(
     held_out: Annotated[
         float, typer.Option(help="Share of (colour, shape, direction) combinations that no clip shows.")
     ] = 0.0,
+    background: Annotated[
+        list[str] | None,
+        typer.Option(help="solid, gradient, checker, noise (by default these four) or plain; may be repeated."),
+    ] = None,
 ) -> None:
     """Write captioned clips of coloured shapes that move."""
     from .shapes import shapes
 
-    shapes(folder, clips, frames, size, fps, seed, held_out)
+    shapes(folder, clips, frames, size, fps, seed, held_out, background or [])
+
+
+@evaluation.command(name="shapes")
+def eval_shapes(
+    checkpoint: Annotated[str, typer.Option(help="A pipeline folder, or a name in the package.")] = "tiny",
+    prompts: Annotated[int, typer.Option(help="How many videos.")] = 64,
+    seen: Annotated[
+        bool, typer.Option("--seen", help="Combinations that training showed, not those held out.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.5,
+    seed: Annotated[int, typer.Option(help="Of the first video's noise; the next one's is one more.")] = 0,
+    sheet: Annotated[Path | None, typer.Option(help="A .png with frames of every video.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="A .json with every reading.")] = None,
+    impl: Annotated[
+        str | None, typer.Option(help="Only this implementation of the ops: reference, cpu, triton or cuda.")
+    ] = None,
+) -> None:
+    """Sample moving shapes and read colour, shape and direction off the pixels: how often is the prompt followed?"""
+    from .eval_shapes import Request, eval_shapes
+
+    eval_shapes(Request(checkpoint, prompts, seen, steps, guidance, seed, sheet, json_file, impl))
 
 
 @app.command()
@@ -123,3 +151,36 @@ def verify() -> None:
     from .verify import verify
 
     verify()
+
+
+@app.command()
+def tune(
+    level: Annotated[
+        list[str] | None, typer.Option(help="svd-l0 to l3, animatediff-l0 to l3, vdm-l0, l1 or l3; all by default.")
+    ] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.")] = None,
+    training: Annotated[bool, typer.Option(help="Tune the backward kernels too.")] = True,
+) -> None:
+    """Find the fastest launch configurations of the Triton kernels on this GPU, and remember them."""
+    from .tune import tune
+
+    tune(level or [], op or [], training)
+
+
+@app.command()
+def swap(
+    model: Annotated[
+        str,
+        typer.Option("--model", help="A class of diffusers, such as UNetMotionModel, or package.module.Class."),
+    ],
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A JSON file of its constructor's arguments; by default its own.")
+    ] = None,
+    frames: Annotated[int, typer.Option(help="Frames of the video it is tried on.")] = 16,
+    size: Annotated[int, typer.Option(help="Height and width of what the model takes.")] = 32,
+    verify: Annotated[bool, typer.Option(help="Check every replaced module against float64, and time it.")] = True,
+) -> None:
+    """Show what the kernels replace in a model of another library, with accuracy, times and memory."""
+    from .swap import swap
+
+    swap(model, config, frames, size, verify)

@@ -25,6 +25,7 @@ def doctor() -> None:
     about.add_row("CPU", verified.device_name("cpu"))
     about.add_row("GPU", _gpu())
     about.add_row("CPU kernels", _native())
+    about.add_row("CUDA kernels", _cuda_kernels())
     console.print(about)
 
     table = Table("op", "device", "dtype", "runs", "why no other kernel", title="what each op runs here")
@@ -65,3 +66,11 @@ def _native() -> str:
         return f"built; this CPU runs {', '.join(native.available_isas())}; in use: {native.isa()}"
     except ImportError as error:
         return str(error)
+
+
+def _cuda_kernels() -> str:
+    try:
+        built = native.cuda_architectures()
+    except ImportError:
+        return "none: the compiled module does not load"
+    return f"built for {', '.join(built)}" if built else "not built: nvcc was not found, or FASTVDIFF_CUDA=OFF"

@@ -13,11 +13,15 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Example:
-    """One op call: `make(draw, big)` gives its arguments, small ones for accuracy or big ones for a race."""
+    """One op call: `make(draw, big)` gives its arguments, small ones for accuracy or big ones for a race.
+
+    `training` tells whether every implementation has its gradient.
+    """
 
     op: str
     label: str
     make: Callable[[Draw, bool], Arguments]
+    training: bool = True
 
 
 class Draw:
@@ -57,6 +61,21 @@ def _temporal_attention_biased(draw: Draw, big: bool) -> Arguments:
     return qkv, {"attn_bias": draw(heads, t, t)}
 
 
+def _temporal_attention_channels_first(draw: Draw, big: bool) -> Arguments:
+    """Views of a contiguous video, with every option."""
+    b, t, s, heads, d = (1, 25, 1024, 4, 64) if big else (2, 5, 33, 2, 24)
+    qkv = [draw(b, heads, d, t, s).permute(0, 3, 4, 1, 2) for _ in range(3)]
+    angles = torch.arange(t, device=draw.device)[:, None] * 0.5 ** torch.arange(d // 4, device=draw.device)
+    mask = torch.ones(b, t, dtype=torch.bool, device=draw.device)
+    mask[:, t // 2] = False
+    return tuple(qkv), {"rotary": (angles.cos(), angles.sin()), "attn_mask": mask, "is_causal": True}
+
+
+def _temporal_attention_long(draw: Draw, big: bool) -> Arguments:
+    b, t, s, heads, d = (1, 128, 256, 4, 64) if big else (1, 100, 2, 2, 40)
+    return tuple(draw(b, t, s, heads, d) for _ in range(3)), {}
+
+
 def _temporal_attention_block(draw: Draw, big: bool) -> Arguments:
     c, inner, heads, t, s = (64, 128, 4, 16, 32) if big else (24, 16, 2, 5, 3)
     x = draw(1, c, t, s, s, channels_last=True)
@@ -77,6 +96,22 @@ def _norm_silu_conv3d(draw: Draw, big: bool) -> Arguments:
     return (x, 8, draw(c), draw(c), weight, bias), named
 
 
+def _group_norm_silu_contiguous(draw: Draw, big: bool) -> Arguments:
+    (x, *rest), _ = _group_norm_silu(draw, big)
+    return (x.contiguous(), *rest), {}
+
+
+def _ddim_step_noisy(draw: Draw, big: bool) -> Arguments:
+    shape = (2, 4, 16, 128, 128) if big else (2, 4, 3, 5, 7)
+    seed = torch.tensor([1234], device=draw.device)
+    return (draw(*shape), draw(*shape), 0.5, 0.6), {"eta": 1.0, "noise_seed": seed, "prediction_type": "v_prediction"}
+
+
+def _ddim_step_threshold(draw: Draw, big: bool) -> Arguments:
+    args, named = _ddim_step(draw, big)
+    return args, {**named, "clip_sample": None, "dynamic_threshold": (0.95, 4.0), "guidance_rescale": 0.7}
+
+
 def _ddim_step(draw: Draw, big: bool) -> Arguments:
     shape = (2, 4, 16, 128, 128) if big else (2, 4, 3, 5, 7)
     named = {"uncond_output": draw(*shape), "guidance_scale": 7.5, "clip_sample": 1.0}
@@ -85,11 +120,16 @@ def _ddim_step(draw: Draw, big: bool) -> Arguments:
 
 EXAMPLES = (
     Example("group_norm_silu", "GroupNorm + SiLU", _group_norm_silu),
+    Example("group_norm_silu", "the same, contiguous", _group_norm_silu_contiguous),
     Example("group_norm_silu", "GroupNorm + scale, shift + SiLU", _group_norm_silu_modulated),
     Example("temporal_attention", "attention over 16 frames", _temporal_attention),
     Example("temporal_attention", "with an additive bias", _temporal_attention_biased),
+    Example("temporal_attention", "channels first, rotary, mask, causal", _temporal_attention_channels_first),
+    Example("temporal_attention", "over 128 frames", _temporal_attention_long),
     Example("temporal_attention_block", "norm, projections, attention, residual", _temporal_attention_block),
     Example("conv3d", "1x3x3 with a bias per sample", _conv3d),
     Example("norm_silu_conv3d", "GroupNorm + SiLU + 1x3x3", _norm_silu_conv3d),
     Example("ddim_step", "DDIM step, guidance and clip", _ddim_step),
+    Example("ddim_step", "DDIM step, noise drawn inside", _ddim_step_noisy),
+    Example("ddim_step", "DDIM step, threshold and rescale", _ddim_step_threshold, training=False),
 )

@@ -53,7 +53,10 @@ def pipeline_of(average: AveragedModel) -> TextToVideoPipeline:
 
 
 def _prompt_grammar(dataset: dict[str, Any]) -> dict[str, Any]:
-    """What the captions of a described data set are made of: for `fastvdiff data shapes`, templates and words."""
+    """What the captions of a described data set are made of: for `fastvdiff data shapes`, templates and words.
+
+    "held_out" lists the combinations of colour, shape and direction that no caption had.
+    """
     from fastvdiff.data import shapes
 
     if dataset.get("kind") != "shapes":
@@ -63,4 +66,5 @@ def _prompt_grammar(dataset: dict[str, Any]) -> dict[str, Any]:
         "colour": list(shapes.COLOURS),
         "shape": list(shapes.SHAPES),
         "direction": list(shapes.DIRECTIONS),
+        "held_out": dataset["held_out"],
     }

@@ -11,6 +11,8 @@ import typer
 from .errors import refuse, refusing
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fastvdiff.training import AveragedModel, TrainConfig, Trainer
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -77,8 +79,8 @@ def _print_summary(config: TrainConfig, trainer: Trainer) -> None:
     )
 
 
-def _write_sheet(average: AveragedModel, folder: Path) -> None:
-    """One PNG with the frames of a video for each of the run's sample prompts, at fixed seeds."""
+def _write_sheet(average: AveragedModel, folder: Path) -> dict[str, np.ndarray]:
+    """One PNG with the frames of a video for each of the run's sample prompts, at fixed seeds; the videos by prompt."""
     import numpy as np
 
     from fastvdiff.data import write_video
@@ -94,5 +96,7 @@ def _write_sheet(average: AveragedModel, folder: Path) -> None:
         seed=average.config.seed,
         progress=False,
     ).frames
+    videos = to_uint8(np.stack(list(frames)))
     folder.mkdir(exist_ok=True)
-    write_video(folder / f"step-{average.step:08d}.png", to_uint8(np.concatenate(list(frames))), average.fps)
+    write_video(folder / f"step-{average.step:08d}.png", np.concatenate(videos), average.fps)
+    return dict(zip(output.sample_prompts, videos, strict=True))

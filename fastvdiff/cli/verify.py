@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from .examples import EXAMPLES, Draw, Example
 from .tables import table_console
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_RACED = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Outcome:
     example: Example
     impl: str
     failures: list[str]
-    eager_ms: tuple[float, float]  # forward, forward and backward
+    eager_ms: tuple[float, float]  # forward, forward and backward; the latter nan where there is no gradient
     kernel_ms: tuple[float, float]
 
 
@@ -49,13 +51,15 @@ def verify() -> None:
         table.add_row(
             o.example.op, o.example.label, o.impl, "; ".join(o.failures) or "passed",
             f"{o.eager_ms[0]:.2f}", f"{o.kernel_ms[0]:.2f}",
-            f"{o.eager_ms[0] / o.kernel_ms[0]:.1f}x", f"{o.eager_ms[1] / o.kernel_ms[1]:.1f}x",
+            f"{o.eager_ms[0] / o.kernel_ms[0]:.1f}x",
+            f"{o.eager_ms[1] / o.kernel_ms[1]:.1f}x" if o.example.training else "",
         )  # fmt: skip
     console.print(table)
     failed = {f"{o.example.op}.{o.impl}" for o in outcomes if o.failures}
     passed = {f"{o.example.op}.{o.impl}" for o in outcomes} - failed
     file = verified.save(_device(), sorted(passed))
-    console.print("float32 times, medians of interleaved runs; eager is the same call with impl='reference'.")
+    dtype = str(_RACED[_device()])[6:]
+    console.print(f"{dtype} times, medians of interleaved runs; eager is the same call with impl='reference'.")
     console.print(f"What passed is kept in {file}")
     if failed:
         console.print(f"[red]failed: {', '.join(sorted(failed))}[/red]: not used by themselves on this machine")
@@ -69,7 +73,8 @@ def _device() -> str:
 def _runs_here(example: Example, impl: str) -> bool:
     args, kwargs = example.make(Draw(torch.float32, _device()), False)
     try:
-        getattr(ops, example.op)(*args, **kwargs, impl=impl)
+        with torch.set_grad_enabled(example.training):
+            getattr(ops, example.op)(*args, **kwargs, impl=impl)
     except NotImplementedError:
         return False
     return True
@@ -77,7 +82,7 @@ def _runs_here(example: Example, impl: str) -> bool:
 
 def _outcome(example: Example, impl: str) -> Outcome:
     failures = [f"{str(dtype)[6:]} {what}" for dtype in _DTYPES for what in _inaccurate(example, impl, dtype)]
-    args, kwargs = example.make(Draw(torch.float32, _device()), True)
+    args, kwargs = example.make(Draw(_RACED[_device()], _device()), True)
     run = getattr(ops, example.op)
 
     def forward(name: str) -> Callable[[], Any]:
@@ -96,44 +101,52 @@ def _outcome(example: Example, impl: str) -> Outcome:
         return call
 
     eager, kernel = _race(forward("reference"), forward(impl))
-    eager_training, kernel_training = _race(training("reference"), training(impl))
+    eager_training, kernel_training = (
+        _race(training("reference"), training(impl)) if example.training else (math.nan, math.nan)
+    )
     return Outcome(example, impl, failures, (eager, eager_training), (kernel, kernel_training))
 
 
 def _inaccurate(example: Example, impl: str, dtype: torch.dtype) -> Iterator[str]:
     """The outputs and gradients of `impl` that are not as close to float64 as the contract asks."""
     args, kwargs = example.make(Draw(dtype, _device()), False)
-    found = _values(example.op, args, kwargs, impl)
-    eager = _values(example.op, args, kwargs, "reference")
+    found = _values(example, args, kwargs, impl)
+    eager = _values(example, args, kwargs, "reference")
     wide = [_upcast(a) for a in args], {k: _upcast(v) for k, v in kwargs.items()}
-    oracle = _values(example.op, *wide, "reference")
+    oracle = _values(example, *wide, "reference")
     largest = max((float(t.norm()) for name, t in oracle.items() if name.startswith("gradient")), default=0.0)
+    tf32 = any(i.tf32 for i in dispatch.ops()[example.op] if i.name == impl)
     for name, exact in oracle.items():
         gradient = name.startswith("gradient")
         least = accuracy.GRADIENT_SCALE * largest if gradient else 0.0
         ratio = accuracy.GRADIENT_RATIO if gradient else accuracy.FORWARD_RATIO
-        allowed = accuracy.limit(accuracy.relative_error(eager[name], exact, least), dtype, ratio)
+        allowed = accuracy.limit(accuracy.relative_error(eager[name], exact, least), dtype, ratio, tf32=tf32)
         error = accuracy.relative_error(found[name], exact, least)
         if not error <= allowed:  # a NaN fails too
             yield f"{name}: error {error:.1e} > {allowed:.1e}"
 
 
 def _upcast(value: Any) -> Any:
-    return value.detach().double().requires_grad_(True) if isinstance(value, torch.Tensor) else value
+    drawn = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.detach().double().requires_grad_(True) if drawn else value
 
 
 def _leaves(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    return [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+    return [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
 
 
-def _values(op: str, args: Any, kwargs: dict[str, Any], impl: str) -> dict[str, torch.Tensor]:
+def _values(example: Example, args: Any, kwargs: dict[str, Any], impl: str) -> dict[str, torch.Tensor]:
     """Outputs and gradients of one call, by name."""
-    result = getattr(ops, op)(*args, **kwargs, impl=impl)
+    with torch.set_grad_enabled(example.training):
+        result = getattr(ops, example.op)(*args, **kwargs, impl=impl)
     outputs = result if isinstance(result, tuple) else (result,)
+    named = {f"output {i}": y for i, y in enumerate(outputs)}
+    if not example.training:
+        return named
     leaves = _leaves(args, kwargs)
     cotangents = [torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape).to(torch.bfloat16) for y in outputs]
     grads = torch.autograd.grad(outputs, leaves, [c.to(y.dtype) for c, y in zip(cotangents, outputs, strict=True)])
-    return {f"output {i}": y for i, y in enumerate(outputs)} | {f"gradient {i}": g for i, g in enumerate(grads)}
+    return named | {f"gradient {i}": g for i, g in enumerate(grads)}
 
 
 def _race(eager: Callable[[], Any], kernel: Callable[[], Any], seconds: float = 0.6) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Video files and captions in, batches out."""
 
+from fastvdiff.data.cache import FrameCache
 from fastvdiff.data.captions import Clip, read_captions, swap_left_right
 from fastvdiff.data.dataset import Batch, Sample, VideoFolder, collate
 from fastvdiff.data.schedule import BatchSchedule, epoch_order
@@ -10,6 +11,7 @@ __all__ = [
     "Batch",
     "BatchSchedule",
     "Clip",
+    "FrameCache",
     "Sample",
     "ShapeSpec",
     "Video",

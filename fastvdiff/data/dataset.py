@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from fastvdiff.data.cache import FrameCache
 from fastvdiff.data.captions import read_captions, swap_left_right
 from fastvdiff.data.video import MAX_BYTES, VideoError, iter_frames
 
@@ -22,7 +23,7 @@ MAX_BROKEN = 0.01  # of the clips, when broken ones are replaced: more than this
 
 
 class Sample(TypedDict):
-    """One clip: `video` float32 (C, T, H, W) in [-1, 1], its caption, and its number in the folder."""
+    """One clip: `video` float32 (C, T, H, W) in [-1, 1], its caption, and its number among the clips used."""
 
     video: torch.Tensor
     caption: str
@@ -45,7 +46,8 @@ class VideoFolder(Dataset[Sample]):
     number of workers and resumes at any step (see `BatchSchedule`).
 
     A video is decoded whole, at `fps`, and shrunk as it is read: meant for clips of seconds. With `cache` the shrunk
-    uint8 frames are kept until `cache_bytes` are full (in each worker process its own).
+    uint8 frames are kept until `cache_bytes` are full: in memory, in each worker process its own, or with a
+    `cache_folder` on the disk, for all of them and for later runs (see `FrameCache`).
 
     Args:
         root: the folder.
@@ -55,9 +57,10 @@ class VideoFolder(Dataset[Sample]):
         fps: frames per second to sample at, by presentation time; None: every frame as stored.
         seed: of the random choices; not negative.
         random_flip: mirror half of the samples.
-        cache, cache_bytes: keep decoded frames in memory, at most so many bytes.
+        cache, cache_bytes, cache_folder: keep decoded frames, at most so many bytes, in memory or in that folder.
         strict: True: a broken video raises. False: it is replaced by another clip, a function of (seed, epoch, index),
             with a warning; more than one broken clip and 1 % of all raise all the same.
+        numbers: use only these of the folder's clips, by their place in `read_captions`; an index then counts them.
 
     Raises:
         FileNotFoundError, ValueError: from `read_captions`, at construction.
@@ -75,7 +78,9 @@ class VideoFolder(Dataset[Sample]):
         random_flip: bool = False,
         cache: bool = True,
         cache_bytes: int = 2 << 30,
+        cache_folder: str | os.PathLike[str] | None = None,
         strict: bool = True,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         height, width = (size, size) if isinstance(size, int) else size
         for name, value, least in (("num_frames", num_frames, 1), ("size", min(height, width), 1), ("seed", seed, 0)):
@@ -85,10 +90,17 @@ class VideoFolder(Dataset[Sample]):
             raise ValueError(f"VideoFolder: fps: expected a positive number, got {fps}")
         self.root = Path(root)
         self.clips = read_captions(self.root)
+        if numbers is not None:
+            outside = [number for number in numbers if not 0 <= number < len(self.clips)]
+            if outside or not numbers:
+                got = f"got {outside[0]}" if outside else "got none"
+                raise ValueError(f"VideoFolder: numbers: expected some of 0 to {len(self.clips) - 1}, {got}")
+            self.clips = [self.clips[number] for number in numbers]
         self.num_frames, self.size, self.fps = num_frames, (height, width), fps
         self.seed, self.random_flip, self.strict = seed, random_flip, strict
         self.epoch = 0
         self._budget = cache_bytes if cache else 0
+        self._disk = FrameCache(cache_folder, cache_bytes) if cache and cache_folder is not None else None
         self._cached: dict[int, torch.Tensor] = {}
         self._broken: dict[int, VideoError] = {}
 
@@ -136,23 +148,38 @@ class VideoFolder(Dataset[Sample]):
 
     def _frames(self, index: int) -> torch.Tensor:
         """All frames of a clip at the sampling rate, uint8 (C, N, H, W) with N >= num_frames."""
-        if index in self._cached:
-            return self._cached[index]
         if index in self._broken:
             raise self._broken[index]
         path = self.clips[index].path
+        frames = self._cached.get(index)
+        if frames is None:
+            frames = self._decoded(path) if self._disk is None else self._from_disk(path, self._disk)
+            if self._disk is None and frames.nbytes <= self._budget:
+                self._budget -= frames.nbytes
+                self._cached[index] = frames
+        if frames.shape[1] < self.num_frames:
+            rate = "as stored" if self.fps is None else f"at {self.fps:g} fps"
+            raise VideoError(f"{path}: too short: {frames.shape[1]} frames {rate}, num_frames={self.num_frames}")
+        return frames
+
+    def _decoded(self, path: Path) -> torch.Tensor:
         kept: list[torch.Tensor] = []
         for frame in iter_frames(path, fps=self.fps):
             kept.append(_fitted(frame.image, self.size))
             if len(kept) * kept[0].nbytes > MAX_BYTES:
                 raise VideoError(f"{path}: too long: its frames take more than {MAX_BYTES:,} bytes; cut it into clips")
-        frames = torch.stack(kept, dim=1)
-        if frames.shape[1] < self.num_frames:
-            rate = "as stored" if self.fps is None else f"at {self.fps:g} fps"
-            raise VideoError(f"{path}: too short: {frames.shape[1]} frames {rate}, num_frames={self.num_frames}")
-        if frames.nbytes <= self._budget:
-            self._budget -= frames.nbytes
-            self._cached[index] = frames
+        return torch.stack(kept, dim=1)
+
+    def _from_disk(self, path: Path, disk: FrameCache) -> torch.Tensor:
+        try:
+            key = disk.key(path, self.fps, self.size)
+        except FileNotFoundError as error:
+            raise VideoError(f"{path}: no such file") from error
+        kept = disk.get(key)
+        if kept is not None:
+            return torch.from_numpy(kept)
+        frames = self._decoded(path)
+        disk.put(key, frames.numpy())
         return frames
 
 

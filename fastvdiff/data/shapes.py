@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
 }
 SHAPES = tuple(OUTLINES)
 BACKGROUNDS = ("solid", "gradient", "checker", "noise")
+PLAIN = "plain"  # one more kind, which a data set has on request only: PLAIN_COLOUR in every clip
+PLAIN_COLOUR = (0.12, 0.12, 0.14)
 
 Combination = tuple[str, str, str]  # colour, shape, direction
 EXAMPLE: Combination = ("red", "circle", "right")  # the prompt the documentation uses is never held out
@@ -107,10 +109,16 @@ class ShapeSpec:
         return self.colour, self.shape, self.direction
 
 
-def sample_spec(seed: int, index: int, *, held_out: frozenset[Combination] = frozenset()) -> ShapeSpec:
+def sample_spec(
+    seed: int,
+    index: int,
+    *,
+    held_out: frozenset[Combination] = frozenset(),
+    backgrounds: Sequence[str] = BACKGROUNDS,
+) -> ShapeSpec:
     """Draw clip `index` of data set `seed`; combinations in `held_out` never occur.
 
-    The shape stays whole inside the frame and covers 42 to 62 % of its side.
+    The shape stays whole inside the frame and travels 42 to 62 % of its side. backgrounds: kinds to draw from.
     """
     rng = np.random.default_rng([seed, index])
     while True:
@@ -128,22 +136,24 @@ def sample_spec(seed: int, index: int, *, held_out: frozenset[Combination] = fro
         along = 1 - along
     start = (along, across) if step_x else (across, along)
     variant = int(np.searchsorted(np.cumsum(CAPTION_WEIGHTS[:-1]), rng.random(), side="right"))
-    return ShapeSpec(
-        colour, shape, direction, radius, start, travel, _between(rng, 0.9, 1.0), _sample_background(rng), variant
-    )
+    shade = _between(rng, 0.9, 1.0)
+    background = _sample_background(rng, backgrounds)
+    return ShapeSpec(colour, shape, direction, radius, start, travel, shade, background, variant)
 
 
 def caption(spec: ShapeSpec, variant: int | None = None) -> str:
     """The sentence for a clip, "a red circle moving right"; `variant` picks a template, None the clip's own."""
-    variant = spec.variant if variant is None else variant
+    return describe(spec.combination, spec.variant if variant is None else variant)
+
+
+def describe(combination: Combination, variant: int = 0) -> str:
+    """The sentence for a combination in template `variant` of `CAPTIONS`."""
     if not 0 <= variant < len(CAPTIONS):
         raise ValueError(f"variant: expected 0 to {len(CAPTIONS) - 1}, got {variant}")
+    colour, shape, direction = combination
+    article = "an" if colour[0] in "aeiou" else "a"
     return CAPTIONS[variant].format(
-        article="an" if spec.colour[0] in "aeiou" else "a",
-        colour=spec.colour,
-        shape=spec.shape,
-        direction=spec.direction,
-        towards=TOWARDS[spec.direction],
+        article=article, colour=colour, shape=shape, direction=direction, towards=TOWARDS[direction]
     )
 
 
@@ -176,7 +186,7 @@ def render_clip(spec: ShapeSpec, num_frames: int, size: int) -> np.ndarray:
     # Position relative to the shape's centre, in radii: (T, 1, W) and (T, H, 1).
     x = (centres[None, None, :] - (spec.start[0] + step_x * progress)[:, None, None]) / spec.radius
     y = (centres[None, :, None] - (spec.start[1] + step_y * progress)[:, None, None]) / spec.radius
-    distance = _signed_distance(OUTLINES[spec.shape], x, y) * spec.radius * size  # in pixels, negative inside
+    distance = signed_distance(OUTLINES[spec.shape], x, y) * spec.radius * size  # in pixels, negative inside
     coverage = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
     ink = np.array(COLOURS[spec.colour]) / 255 * spec.shade
     frames = _background(spec.background, size) * (1 - coverage) + ink * coverage
@@ -192,6 +202,7 @@ def write_shapes(
     fps: float = 8,
     seed: int = 0,
     held_out: float = 0.0,
+    backgrounds: Sequence[str] = BACKGROUNDS,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write a data set of `clips` videos, their captions and its own description.
@@ -209,6 +220,7 @@ def write_shapes(
         fps: frames per second.
         seed: not negative. Clip k of a seed is the same whatever `clips` is.
         held_out: fraction of the combinations that no clip shows, see `choose_held_out`.
+        backgrounds: kinds to draw from, of `BACKGROUNDS` and "plain", without repetition.
         progress: called with (clips done, clips in all) after each clip.
 
     Returns:
@@ -227,6 +239,9 @@ def write_shapes(
     ):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
+    kinds = (*BACKGROUNDS, PLAIN)
+    if not backgrounds or not set(backgrounds) <= set(kinds) or len(set(backgrounds)) != len(backgrounds):
+        raise ValueError(f"backgrounds: expected different ones of {', '.join(kinds)}, got {list(backgrounds)}")
     combinations = choose_held_out(seed, held_out)
     description = {
         "kind": "shapes",
@@ -236,6 +251,7 @@ def write_shapes(
         "size": size,
         "fps": fps,
         "seed": seed,
+        "backgrounds": list(backgrounds),
         "held_out_fraction": held_out,
         "held_out": [list(combination) for combination in combinations],
     }
@@ -247,7 +263,7 @@ def write_shapes(
     (directory / "clips").mkdir(exist_ok=True)
     lines = []
     for index in range(clips):
-        spec = sample_spec(seed, index, held_out=frozenset(combinations))
+        spec = sample_spec(seed, index, held_out=frozenset(combinations), backgrounds=backgrounds)
         file = f"clips/{index:06d}.mp4"
         write_video(directory / file, render_clip(spec, num_frames, size), fps, pixel_format="yuv444p")
         fields = {"colour": spec.colour, "shape": spec.shape, "direction": spec.direction}
@@ -279,12 +295,15 @@ def _claim(directory: Path, description: dict[str, Any]) -> None:
         )
 
 
-def _signed_distance(corners: tuple[tuple[float, float], ...], x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance of points to a polygon's edge (the unit circle's, without corners), negative inside."""
+def signed_distance(corners: Sequence[tuple[float, float]], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Distance of the points (x, y) to a polygon's edge (the unit circle's, without corners), negative inside.
+
+    x and y broadcast together, in the corners' unit.
+    """
     if not corners:
         return np.hypot(x, y) - 1.0
     squared, inside = np.inf, False
-    for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
+    for (ax, ay), (bx, by) in zip(corners, (*corners[1:], corners[0]), strict=True):
         ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
         nearest = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0.0, 1.0)
         squared = np.minimum(squared, (px - nearest * ex) ** 2 + (py - nearest * ey) ** 2)
@@ -293,10 +312,12 @@ def _signed_distance(corners: tuple[tuple[float, float], ...], x: np.ndarray, y:
     return np.where(inside, -1.0, 1.0) * np.sqrt(squared)
 
 
-def _sample_background(rng: np.random.Generator) -> Background:
-    """Two related colours, dark to medium and greyish, so that every shape colour stands out."""
+def _sample_background(rng: np.random.Generator, kinds: Sequence[str]) -> Background:
+    """Two related colours, dark to medium and greyish, so that every shape colour stands out; "plain" is fixed."""
     base = _between(rng, 0.10, 0.38) + np.array([_between(rng, -0.06, 0.06) for _ in range(3)])
-    kind = _pick(rng, BACKGROUNDS)
+    kind = _pick(rng, kinds)
+    if kind == PLAIN:
+        return Background(PLAIN, (PLAIN_COLOUR, PLAIN_COLOUR), 0.0, 1, 0)
     contrast = {"solid": 0.0, "gradient": 0.16, "checker": 0.06, "noise": 0.10}[kind]
     other = base + contrast * (1 if base.mean() < 0.24 else -1)
     first, second = (tuple(float(v) for v in np.clip(c, 0.02, 0.5)) for c in (base, other))
@@ -308,7 +329,7 @@ def _background(background: Background, size: int) -> np.ndarray:
     """Draw a background, float (size, size, 3) in [0, 1]."""
     centres = (np.arange(size) + 0.5) / size
     x, y = centres[None, :], centres[:, None]
-    if background.kind == "solid":
+    if background.kind in ("solid", PLAIN):
         blend = np.zeros((size, size))
     elif background.kind == "gradient":
         along = (x - 0.5) * math.cos(background.angle) + (y - 0.5) * math.sin(background.angle)

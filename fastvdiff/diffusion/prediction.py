@@ -20,7 +20,9 @@ def check_prediction_type(owner: str, prediction_type: str) -> None:
 
 def coefficients(alpha: float | torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """sqrt(a) and sqrt(1 - a), shaped and typed to multiply `like`; alpha a float, 0-dim or (B,)."""
-    column = alpha_column(alpha, like.dim()).to(like.device)
+    column = alpha_column(alpha, like.dim())
+    if column.dim():  # a number alone multiplies a tensor of any device: moving it would wait for the device
+        column = column.to(like.device)
     return column.sqrt().to(like.dtype), (1 - column).sqrt().to(like.dtype)
 
 

@@ -26,7 +26,10 @@ class VideoUNetConfig:
         channel_multipliers: channels of each level, in units of base_channels.
         blocks_per_level: residual blocks of each level, on the way down and on the way up.
         patch_size: squares of this many pixels become channels before the first convolution and pixels after the last.
+        patch_frames: the squares go through this many frames, and the network runs on T / patch_frames of them.
         stem_kernel_size: height and width of the first convolution, odd.
+        coordinates: a small network from row, column and frame, modulated by time and text, adds to the first
+            convolution's result: what is expected where need not be found out from padding and noise.
         conv: "spatial" (1,3,3), "factorized" (1,3,3)+(3,1,1) or "full" (3,3,3) in the residual blocks.
         temporal_attention_levels, spatial_attention_levels, cross_attention_levels: levels whose blocks attend over
             frames, over positions, and to the text; the middle block follows the last level.
@@ -56,7 +59,9 @@ class VideoUNetConfig:
     channel_multipliers: tuple[int, ...] = (1, 2, 4, 8)
     blocks_per_level: int = 2
     patch_size: int = 1
+    patch_frames: int = 1
     stem_kernel_size: int = 3
+    coordinates: bool = False
     conv: str = "spatial"
     temporal_attention_levels: tuple[int, ...] = (0, 1, 2, 3)
     spatial_attention_levels: tuple[int, ...] = (2, 3)
@@ -83,7 +88,7 @@ class VideoUNetConfig:
         for name, allowed in (("conv", CONV_KINDS), ("temporal_position", _POSITIONS), ("time_conditioning", _TIME)):
             if getattr(self, name) not in allowed:
                 self._fail(name, f"one of {', '.join(map(repr, allowed))}")
-        for name in ("pooled_text", "cross_frame_attention", "gradient_checkpointing"):
+        for name in ("coordinates", "pooled_text", "cross_frame_attention", "gradient_checkpointing"):
             if not isinstance(getattr(self, name), bool):
                 self._fail(name, "True or False", TypeError)
         self._check_levels()
@@ -105,8 +110,8 @@ class VideoUNetConfig:
     def _check_numbers(self) -> None:
         least = {
             "in_channels": 1, "out_channels": 1, "conditioning_channels": 0, "base_channels": 1, "blocks_per_level": 1,
-            "patch_size": 1, "stem_kernel_size": 1, "cross_attention_dim": 1, "num_heads": 1, "head_dim": 1,
-            "relative_buckets": 4, "relative_max_distance": 1, "feed_forward_mult": 0, "norm_groups": 1,
+            "patch_size": 1, "patch_frames": 1, "stem_kernel_size": 1, "cross_attention_dim": 1, "num_heads": 1,
+            "head_dim": 1, "relative_buckets": 4, "relative_max_distance": 1, "feed_forward_mult": 0, "norm_groups": 1,
         }  # fmt: skip
         optional = ("cross_attention_dim", "num_heads", "head_dim")
         for name, minimum in least.items():

@@ -6,7 +6,7 @@ from .config import VideoUNetConfig
 
 PRESETS: dict[str, VideoUNetConfig] = {
     # 16 frames of 32x32 beside a small text encoder, trained and run on two CPU cores: most parameters sit at the 4x4
-    # level, where they cost little. The checkpoint in fastvdiff/assets has these sizes.
+    # level, where they cost little. fastvdiff/assets/shapes.toml, the shipped checkpoint's recipe, changes some of it.
     "tiny": VideoUNetConfig(
         base_channels=32,
         channel_multipliers=(1, 2, 4),

@@ -22,6 +22,7 @@ from fastvdiff.nn import (
 from . import inputs, pretrained
 from .blocks import Conditions, VideoBlock
 from .config import VideoUNetConfig
+from .coordinates import CoordinateField
 from .frame_positions import FramePositions
 from .patches import patchify, unpatchify
 from .pooled_text import PooledText
@@ -54,7 +55,7 @@ class VideoUNet(nn.Module, PyTorchModelHubMixin, library_name="fastvdiff", tags=
         self.config = config
         self.gradient_checkpointing = config.gradient_checkpointing
         widths, last = config.level_channels, len(config.level_channels) - 1
-        base, pixels = config.base_channels, config.patch_size**2
+        base, pixels = config.base_channels, config.patch_frames * config.patch_size**2
         kernel, half = config.stem_kernel_size, config.stem_kernel_size // 2
 
         self.time_embedding = TimestepEmbedding(base, 4 * base)
@@ -66,6 +67,7 @@ class VideoUNet(nn.Module, PyTorchModelHubMixin, library_name="fastvdiff", tags=
             (config.in_channels + config.conditioning_channels) * pixels, base, (1, kernel, kernel),
             padding=(0, half, half),
         )  # fmt: skip
+        self.coordinates = CoordinateField(base, 4 * base, 4 * base) if config.coordinates else None
 
         self.encoder = nn.ModuleDict()
         channels, skips = base, []
@@ -181,8 +183,12 @@ class VideoUNet(nn.Module, PyTorchModelHubMixin, library_name="fastvdiff", tags=
         time = self.time_embedding(time.to(self.dtype))
         if self.pooled_text is not None:
             time = time + self.pooled_text(batch.text, batch.text_mask)
-        conditions = Conditions(time, batch.text, batch.text_mask, self.frame_positions(batch.positions))
-        x, skips = self.conv_in(patchify(batch.sample, self.config.patch_size)), []
+        positions = batch.positions[:: self.config.patch_frames]
+        conditions = Conditions(time, batch.text, batch.text_mask, self.frame_positions(positions))
+        x, skips = patchify(batch.sample, self.config.patch_size, self.config.patch_frames), []
+        x = self.conv_in(x)
+        if self.coordinates is not None:
+            x = self.coordinates(x, time, positions)
         for layer in self.encoder.values():
             if isinstance(layer, VideoBlock):
                 x = self._run(layer, x, conditions)
@@ -198,7 +204,7 @@ class VideoUNet(nn.Module, PyTorchModelHubMixin, library_name="fastvdiff", tags=
                 # An odd size was rounded up on the way down: the counterpart's size undoes it.
                 x = layer(x, output_size=skips[-1].shape[3:])
         x = self.conv_out(self.norm_out(x))
-        return unpatchify(x, self.config.patch_size, *batch.sample.shape[3:])
+        return unpatchify(x, self.config.patch_size, batch.sample.shape[2:], self.config.patch_frames)
 
     def _run(self, block: VideoBlock, x: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():

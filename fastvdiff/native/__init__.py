@@ -5,12 +5,14 @@ A module per op beside this one turns checked tensors into a call. Python alloca
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -62,6 +64,43 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         library().set_current_isa(before)
+
+
+def cuda_architectures() -> tuple[str, ...]:
+    """What this build's CUDA kernels were compiled for, as CMake names them ("90a-real"); empty without CUDA."""
+    return tuple(library().cuda_architectures)
+
+
+def runs_on(capability: tuple[int, int]) -> bool:
+    """Whether this build has CUDA kernels for a device of this compute capability."""
+    return any(_covers(built, capability) for built in cuda_architectures())
+
+
+def _covers(built: str, capability: tuple[int, int]) -> bool:
+    """Machine code runs within its major version (that of 90a on 9.0 alone), PTX on anything newer."""
+    name, _, kind = built.partition("-")
+    if not name[:1].isdigit():  # native, all, all-major: whoever built it meant this device
+        return True
+    number, own = name.rstrip("af"), capability[0] * 10 + capability[1]
+    if name != number:
+        return own == int(number)
+    same = own // 10 == int(number) // 10 and own >= int(number)
+    return same or (kind != "real" and own >= int(number))
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A block whose launches go to x's device."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def stream(x: torch.Tensor) -> int:
+    """The current stream of x's device, as the launchers take it."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def multiprocessors(x: torch.Tensor) -> int:
+    """Multiprocessors of x's device; few where a test runs a CUDA kernel on a CPU."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
 def address(tensor: torch.Tensor | None) -> int:

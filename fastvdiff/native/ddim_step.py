@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import DTYPE_CODES, address, library, threads, wide
 
+if TYPE_CHECKING:
+    from fastvdiff.ops.ddim_step import Step
+
 _PREDICTION_CODES = {"epsilon": 0, "sample": 1, "v_prediction": 2}
 _MAX_RANK = 8
 _Optional = torch.Tensor | None
-
-
-class Step(NamedTuple):
-    """What a step and its gradient share beside the big tensors, in the order of the op's schema.
-
-    Names as in `fastvdiff.ops.ddim_step`; where a tensor is None the value beside it counts. `threshold_max` 0: none.
-    """
-
-    alpha_t: _Optional
-    alpha_t_value: float
-    alpha_prev: _Optional
-    alpha_prev_value: float
-    guidance: _Optional
-    guidance_value: float
-    guidance_rescale: float
-    prediction_type: str
-    eta: float
-    clip_sample: float | None
-    threshold_ratio: float
-    threshold_max: float
-    use_clipped_model_output: bool
 
 
 def forward(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 
 from . import DTYPE_CODES, address, library, threads, wide
+from .rows import is_channels_last, positions, rows_of
 
 _Optional = torch.Tensor | None
-_Strides = tuple[int, int, int]
-
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def forward(
@@ -21,12 +19,12 @@ def forward(
     moments = torch.empty((x.shape[0], num_groups, 2), dtype=torch.float32)
     if not x.numel():
         return y, moments.zero_()
-    channels_last = _channels_last(y)
-    x_rows, x_strides = _rows(x, channels_last)
-    y_rows, y_strides = _rows(y, channels_last)
+    channels_last = is_channels_last(y)
+    x_rows, x_strides = rows_of(x, channels_last)
+    y_rows, y_strides = rows_of(y, channels_last)
     scale, shift, frames = _modulation(scale, shift)
     weight, bias, stats = wide(weight), wide(bias), wide(stats)
-    sizes = (*x.shape[:2], _positions(x), num_groups, frames)
+    sizes = (*x.shape[:2], positions(x), num_groups, frames)
     lib = library()
     workspace = torch.empty(lib.group_norm_silu_workspace(sizes, x_strides), dtype=torch.float32)
     lib.group_norm_silu_forward(
@@ -46,14 +44,14 @@ def backward(
     parameters = (weight, bias, scale, shift)
     if not x.numel():
         return dx, *[_absent(x) if p is None else torch.zeros(p.shape, dtype=p.dtype) for p in parameters]
-    channels_last = _channels_last(dx)
-    x_rows, x_strides = _rows(x, channels_last)
-    dx_rows, dx_strides = _rows(dx, channels_last)
-    grad_rows, grad_strides = _rows(grad, channels_last)
+    channels_last = is_channels_last(dx)
+    x_rows, x_strides = rows_of(x, channels_last)
+    dx_rows, dx_strides = rows_of(dx, channels_last)
+    grad_rows, grad_strides = rows_of(grad, channels_last)
     wide_scale, wide_shift, frames = _modulation(scale, shift)
     wide_weight, wide_bias = wide(weight), wide(bias)
     grads = [None if p is None else torch.empty_like(p) for p in (wide_weight, wide_bias, wide_scale, wide_shift)]
-    sizes = (*x.shape[:2], _positions(x), num_groups, frames)
+    sizes = (*x.shape[:2], positions(x), num_groups, frames)
     lib = library()
     workspace = torch.empty(lib.group_norm_silu_workspace(sizes, x_strides), dtype=torch.float32)
     lib.group_norm_silu_backward(
@@ -70,57 +68,6 @@ def backward(
 def _absent(x: torch.Tensor) -> torch.Tensor:
     """The gradient of a parameter that is None."""
     return x.new_empty(0)
-
-
-def _positions(t: torch.Tensor) -> int:
-    """Values of a channel of one sample; t is not empty."""
-    return t.numel() // (t.shape[0] * t.shape[1])
-
-
-def _channels_last(t: torch.Tensor) -> bool:
-    """Whether the channel is t's fastest dimension (in doubt, with C = 1 or one position, no)."""
-    return t.stride(1) == 1 and t.shape[1] > 1 and not t.is_contiguous()
-
-
-def _rows(t: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor, _Strides]:
-    """t, or a copy where its strides do not allow it, and the strides of its (B, C, S) view.
-
-    The channel stride of that view is 1 if `channels_last`, else its position stride.
-    """
-    if not channels_last and t.is_contiguous():
-        row = _positions(t)
-        return t, (t.shape[1] * row, row, 1)
-    if channels_last and t.dim() > 3 and t.is_contiguous(memory_format=_FORMATS[t.dim()]):
-        return t, (t.shape[1] * _positions(t), 1, t.shape[1])
-    strides = t.stride()
-    position = _position_stride(t.shape[2:], strides[2:])
-    if position is None or (strides[1] if channels_last else position) != 1:
-        return _rows(_copy(t, channels_last), channels_last)
-    return t, (strides[0], strides[1], position)
-
-
-def _position_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
-    """The stride of spatial dimensions that walk memory as one, None where they do not, 1 for a single position."""
-    stride = None
-    expected = 0
-    for size, own in zip(reversed(sizes), reversed(strides), strict=True):
-        if size == 1:
-            continue
-        if stride is None:
-            stride = own
-        elif own != expected:
-            return None
-        expected = own * size
-    return 1 if stride is None else stride
-
-
-def _copy(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """t in one of the two dense formats."""
-    if not channels_last:
-        return t.contiguous()
-    if t.dim() == 3:
-        return t.transpose(1, 2).contiguous().transpose(1, 2)
-    return t.contiguous(memory_format=_FORMATS[t.dim()])
 
 
 def _modulation(scale: _Optional, shift: _Optional) -> tuple[_Optional, _Optional, int]:

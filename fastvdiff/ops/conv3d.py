@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from fastvdiff import checks, dispatch
 from fastvdiff.reference.conv3d import conv3d as _reference
+from fastvdiff.reference.conv3d import is_channels_last as _has_channels_last
 from fastvdiff.reference.conv3d import output_sizes, paddings, triple
 
 from . import registration
@@ -58,7 +61,8 @@ def conv3d(
         channel_bias: (B, C_out) or (B, C_out, T_out), any floating dtype.
         residual: like the result, any floating dtype.
         stats_groups: above 0, the statistics of the result in that many groups of channels come too.
-        impl: None, or the implementation to use, strictly: "reference".
+        impl: None, or the implementation to use, strictly: "cuda" (groups = 1; float32 is multiplied as tf32, where
+            `torch.backends.cudnn.conv.fp32_precision` is "tf32") or "reference".
 
     Returns:
         (B, C_out, T_out, H_out, W_out) in x's dtype; channels_last_3d if x or the weight is, else contiguous (where
@@ -70,10 +74,11 @@ def conv3d(
         ValueError, TypeError: an argument is wrong; the message names it.
         NotImplementedError: `impl` does not support the call.
     """
-    check(_OP, x, weight, bias, stride, padding, dilation, groups, padding_mode, prefix, channel_bias, residual,
-          stats_groups)  # fmt: skip
+    out_sizes = check(_OP, x, weight, bias, stride, padding, dilation, groups, padding_mode, prefix, channel_bias,
+                      residual, stats_groups)  # fmt: skip
     x = x.to(registration.autocast_dtype(x))
-    facts = dispatch.facts_of(x, dispatch.needs_grad(x, weight, bias, prefix, channel_bias, residual))
+    facts = dispatch.facts_of(x, dispatch.needs_grad(x, weight, bias, prefix, channel_bias, residual),
+                              **cuda_options(x, groups, out_sizes))  # fmt: skip
     chosen = dispatch.choose(_OP, facts, impl)
     with registration.without_autocast(x):
         return chosen.call(x, weight, bias, stride, padding, dilation, groups, padding_mode, prefix, channel_bias,
@@ -83,8 +88,8 @@ def conv3d(
 def check(
     op: str, x: object, weight: object, bias: object, stride: object, padding: object, dilation: object,
     groups: object, padding_mode: object, prefix: object, channel_bias: object, residual: object, stats_groups: object,
-) -> None:  # fmt: skip
-    """Every argument of a convolution, in the name of `op`."""
+) -> tuple[int, int, int]:  # fmt: skip
+    """Every argument of a convolution, in the name of `op`; returns (T_out, H_out, W_out)."""
     checks.tensor(op, "x", x)
     checks.floating(op, "x", x)
     if x.dim() != 5:
@@ -110,6 +115,7 @@ def check(
                      symbols="(B, C_out, T_out, H_out, W_out)")  # fmt: skip
     if not isinstance(stats_groups, int) or stats_groups < 0 or (stats_groups and out_channels % stats_groups):
         checks.fail(op, "stats_groups", f"0, or a divisor of C_out = {out_channels}", stats_groups)
+    return out_sizes
 
 
 def _geometry(*arguments: Any) -> tuple[int, tuple[int, int, int]]:
@@ -166,4 +172,176 @@ def _check_padding(op: str, padding: object, stride: object, padding_mode: objec
     return modes
 
 
-dispatch.register(_OP, dispatch.Impl("reference", lambda facts: None, _reference))
+def cuda_options(x: torch.Tensor, groups: int, out_sizes: tuple[int, int, int]) -> dict[str, Any]:
+    """What `on_cuda` looks at beside the facts of every call."""
+    return {"groups": groups, "positions": x.shape[0] * math.prod(out_sizes)}
+
+
+def on_cuda(facts: dispatch.Facts) -> str | None:
+    """What the CUDA kernels ask of a convolution."""
+    reason = registration.on_cuda(facts)
+    if reason is not None:
+        return reason
+    if facts.options["groups"] != 1:
+        return f"no grouped convolution, got groups = {facts.options['groups']}"
+    if facts.options["positions"] >= 2**31:
+        return f"fewer than 2^31 output positions, got {facts.options['positions']}"
+    if facts.dtype != torch.float32:
+        return None
+    # Dynamo cannot trace the setting, which may differ from one run of the compiled code to the next.
+    if torch.compiler.is_compiling():
+        return "float32 is multiplied as tf32, and under torch.compile it is not known whether torch allows that"
+    allowed = torch.backends.cudnn.conv.fp32_precision
+    if allowed != "tf32":
+        return f"float32 is multiplied as tf32, which torch.backends.cudnn.conv.fp32_precision = {allowed!r} forbids"
+    return None
+
+
+def _call_kernel(
+    impl: str, x: torch.Tensor, weight: torch.Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int,
+    padding_mode: Any, prefix: Any, channel_bias: Any, residual: Any, stats_groups: int,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    recorded = dispatch.needs_grad(x, weight, bias, prefix, channel_bias, residual)
+    geometry = geometry_of(weight, stride, padding, dilation, padding_mode)
+    y, stats = registration.call(_forward_op, recorded, x, weight, bias, *geometry, prefix, channel_bias, residual,
+                                 stats_groups, impl)  # fmt: skip
+    return (y, stats.detach()) if stats_groups else y
+
+
+def geometry_of(
+    weight: torch.Tensor, stride: Any, padding: Any, dilation: Any, padding_mode: Any
+) -> tuple[list[int], list[int], list[int], list[bool]]:
+    """Stride, (t0, t1, h0, h1, w0, w1), dilation, and which dimensions repeat their edge: the native ops' arguments."""
+    dilation = triple(dilation)
+    replicate = [mode == "replicate" for mode in triple(padding_mode)]
+    return list(triple(stride)), list(paddings(padding, tuple(weight.shape[2:]), dilation)), list(dilation), replicate
+
+
+def shape_of(x: torch.Tensor, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any) -> tuple[int, ...]:
+    """(B, C_out, T_out, H_out, W_out)."""
+    sizes = output_sizes(tuple(x.shape[2:]), tuple(weight.shape[2:]), stride, padding, dilation)
+    return (x.shape[0], weight.shape[0], *sizes)
+
+
+def is_channels_last(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the result is channels_last_3d."""
+    return _has_channels_last(x) or _has_channels_last(weight)
+
+
+def result_like(
+    x: torch.Tensor, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any, stats_groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised result and statistics."""
+    memory_format = torch.channels_last_3d if is_channels_last(x, weight) else torch.contiguous_format
+    shape = shape_of(x, weight, stride, padding, dilation)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    return y, x.new_empty((x.shape[0], stats_groups, 2), dtype=torch.float32)
+
+
+def _forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, replicate: Any,
+    prefix: Any, channel_bias: Any, residual: Any, stats_groups: int, impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    kernels = registration.backend(impl, _OP)
+    geometry = kernels.Geometry(*map(tuple, (stride, padding, dilation, replicate)))
+    out_size = shape_of(x, weight, stride, padding, dilation)[2:]
+    return kernels.forward(x, weight, bias, geometry, prefix, channel_bias, residual, stats_groups, out_size,
+                           is_channels_last(x, weight))  # fmt: skip
+
+
+def _fake_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, replicate: Any,
+    prefix: Any, channel_bias: Any, residual: Any, stats_groups: int, impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return result_like(x, weight, stride, padding, dilation, stats_groups)
+
+
+def _backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any, replicate: Any,
+    prefix: Any, needs_input: bool, needs_weight: bool, impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    kernels = registration.backend(impl, _OP)
+    geometry = kernels.Geometry(*map(tuple, (stride, padding, dilation, replicate)))
+    grad = grad.to(x.dtype)
+    absent = x.new_empty(0)
+    dx, dprefix = kernels.input_gradient(grad, x, weight, geometry, prefix) if needs_input else (absent, absent)
+    dweight = kernels.weight_gradient(grad, x, weight, geometry, prefix) if needs_weight else weight.new_empty(0)
+    return dx, dweight, absent if dprefix is None else dprefix
+
+
+def _fake_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any, replicate: Any,
+    prefix: Any, needs_input: bool, needs_weight: bool, impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(x) if needs_input else x.new_empty(0),
+        torch.empty_like(weight, memory_format=contiguous) if needs_weight else weight.new_empty(0),
+        x.new_empty(0) if prefix is None or not needs_input else x.new_empty(prefix.shape),
+    )
+
+
+GEOMETRY = "int[] stride, int[] padding, int[] dilation, bool[] replicate, Tensor? prefix"
+_forward_op = registration.define(
+    f"conv3d(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY}, Tensor? channel_bias, Tensor? residual,"
+    " int stats_groups, str impl) -> (Tensor, Tensor)",
+    kernel=_forward,
+    fake=_fake_forward,
+)
+_backward_op = registration.define(
+    f"conv3d_backward(Tensor grad, Tensor x, Tensor weight, {GEOMETRY}, bool needs_input, bool needs_weight, str impl)"
+    " -> (Tensor, Tensor, Tensor)",
+    kernel=_backward,
+    fake=_fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, weight, bias, *ctx.geometry, prefix, channel_bias, residual, _, ctx.impl = inputs
+    ctx.set_materialize_grads(False)  # the statistics have none
+    ctx.sums = bias_gradients_of(bias, channel_bias)
+    ctx.of_residual = None if residual is None else residual.dtype
+    ctx.save_for_backward(x, weight, prefix)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    x, weight, prefix = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    needs_input, needs_weight, needs_prefix = needs[0] or needs[7], needs[1], needs[7]
+    dx, dweight, dprefix = registration.call(
+        _backward_op, torch.is_grad_enabled(), grad, x, weight, *ctx.geometry, prefix, needs_input, needs_weight,
+        ctx.impl,
+    )  # fmt: skip
+    dbias, dchannel_bias = ctx.sums(grad)
+    return (
+        dx if needs[0] else None, dweight if needs_weight else None, dbias, None, None, None, None,
+        dprefix.to(prefix.dtype) if needs_prefix else None, dchannel_bias,
+        None if ctx.of_residual is None else grad.to(ctx.of_residual), None, None,
+    )  # fmt: skip
+
+
+def bias_gradients_of(bias: torch.Tensor | None, channel_bias: torch.Tensor | None) -> Callable[..., Any]:
+    """What gives (dbias, dchannel_bias) for dy, which it reads once; it keeps neither tensor."""
+    of_bias = None if bias is None else bias.dtype
+    of_channel_bias = None if channel_bias is None else (channel_bias.dim(), channel_bias.dtype)
+
+    def sums(grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if of_bias is None and of_channel_bias is None:
+            return None, None
+        by_frame = grad.sum((3, 4), dtype=torch.float32)  # (B, K, T)
+        dbias = None if of_bias is None else by_frame.sum((0, 2)).to(of_bias)
+        if of_channel_bias is None:
+            return dbias, None
+        return dbias, (by_frame if of_channel_bias[0] == 3 else by_frame.sum(2)).to(of_channel_bias[1])
+
+    return sums
+
+
+registration.differentiable(
+    _forward_op, setup_context=_setup_context, backward=_differentiate, backward_op=_backward_op
+)
+dispatch.register(
+    _OP,
+    dispatch.Impl("cuda", on_cuda, partial(_call_kernel, "cuda"), frozenset(), tf32=True),
+    dispatch.Impl("reference", lambda facts: None, _reference),
+)

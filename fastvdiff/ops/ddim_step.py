@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,7 +71,7 @@ def ddim_step(
             sample between 1 and max. Wins over the clip.
         use_clipped_model_output: derive epsilon from the clipped x0.
         return_pred_original: False saves writing x0.
-        impl: None, or the implementation to use, strictly: "cpu" or "reference".
+        impl: None, or the implementation to use, strictly: "cpu", "triton" or "reference".
 
     Returns:
         (prev_sample, pred_original_sample or None), of the sample's shape, memory format and dtype. Gradients flow to
@@ -181,11 +183,32 @@ def _check_options(
             )
 
 
-# ---- the CPU kernel -------------------------------------------------------------------------------------------------
+# ---- the kernels ----------------------------------------------------------------------------------------------------
 
 
-def _cpu_supports(facts: dispatch.Facts) -> str | None:
-    reason = registration.on_cpu(facts)
+class Step(NamedTuple):
+    """What a step and its gradient share beside the big tensors, in the order of the op's schema.
+
+    Names as in `fastvdiff.ops.ddim_step`; where a tensor is None the value beside it counts. `threshold_max` 0: none.
+    """
+
+    alpha_t: _Optional
+    alpha_t_value: float
+    alpha_prev: _Optional
+    alpha_prev_value: float
+    guidance: _Optional
+    guidance_value: float
+    guidance_rescale: float
+    prediction_type: str
+    eta: float
+    clip_sample: float | None
+    threshold_ratio: float
+    threshold_max: float
+    use_clipped_model_output: bool
+
+
+def _supports(on_device: Callable[[dispatch.Facts], str | None], facts: dispatch.Facts) -> str | None:
+    reason = on_device(facts)
     if reason is not None:
         return reason
     if any(d != facts.dtype and (facts.dtype != torch.float32 or d == torch.float64) for d in facts.options["dtypes"]):
@@ -199,10 +222,10 @@ def _cpu_supports(facts: dispatch.Facts) -> str | None:
     return None
 
 
-def _call_native(
-    sample: torch.Tensor, model_output: torch.Tensor, alpha_t: Any, alpha_prev: Any, uncond_output: _Optional,
-    guidance_scale: Any, guidance_rescale: float, prediction_type: str, eta: float, noise: _Optional,
-    noise_seed: _Optional, clip_sample: float | None, dynamic_threshold: tuple[float, float] | None,
+def _call_kernel(
+    impl: str, sample: torch.Tensor, model_output: torch.Tensor, alpha_t: Any, alpha_prev: Any,
+    uncond_output: _Optional, guidance_scale: Any, guidance_rescale: float, prediction_type: str, eta: float,
+    noise: _Optional, noise_seed: _Optional, clip_sample: float | None, dynamic_threshold: tuple[float, float] | None,
     use_clipped_model_output: bool, return_pred_original: bool,
 ) -> tuple[torch.Tensor, _Optional]:  # fmt: skip
     dtype = sample.dtype
@@ -224,6 +247,7 @@ def _call_native(
         most,
         use_clipped_model_output,
         return_pred_original,
+        impl,
     )
     return prev, original if return_pred_original else None
 
@@ -241,37 +265,35 @@ def _tensor_or_value(number: float | torch.Tensor, like: torch.Tensor) -> tuple[
     return None, float(number)
 
 
-def _cpu_forward(
+def _forward(
     sample: torch.Tensor, model_output: torch.Tensor, uncond_output: _Optional, noise: _Optional, noise_seed: _Optional,
     *arguments: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    from fastvdiff.native import ddim_step as native
-
-    *step, wanted = arguments
-    return native.forward(sample, model_output, uncond_output, noise, noise_seed, native.Step(*step), wanted)
+    *step, wanted, impl = arguments
+    kernels = registration.backend(impl, _OP)
+    return kernels.forward(sample, model_output, uncond_output, noise, noise_seed, Step(*step), wanted)
 
 
 def _fake_forward(sample: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(sample), torch.empty_like(sample) if arguments[-1] else sample.new_empty(0)
+    return torch.empty_like(sample), torch.empty_like(sample) if arguments[-2] else sample.new_empty(0)
 
 
-def _cpu_backward(
+def _backward(
     grad_prev: _Optional, grad_original: _Optional, sample: _Optional, model_output: _Optional,
     uncond_output: _Optional, *arguments: Any,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    from fastvdiff.native import ddim_step as native
-
-    *step, wanted = arguments
+    *step, wanted, impl = arguments
     like = _first(sample, grad_prev, grad_original)
     clipped = (sample, model_output, uncond_output)
-    return native.backward(grad_prev, grad_original, like, clipped, native.Step(*step), tuple(wanted))
+    kernels = registration.backend(impl, _OP)
+    return kernels.backward(grad_prev, grad_original, like, clipped, Step(*step), tuple(wanted))
 
 
 def _fake_backward(
     grad_prev: _Optional, grad_original: _Optional, sample: _Optional, *arguments: Any
 ) -> tuple[torch.Tensor, ...]:
     like = _first(sample, grad_prev, grad_original)
-    return tuple(torch.empty_like(like) if wanted else like.new_empty(0) for wanted in arguments[-1])
+    return tuple(torch.empty_like(like) if wanted else like.new_empty(0) for wanted in arguments[-2])
 
 
 def _first(*tensors: _Optional) -> torch.Tensor:
@@ -285,21 +307,21 @@ _STEP_SCHEMA = (
 )
 _forward_op = registration.define(
     "ddim_step(Tensor sample, Tensor model_output, Tensor? uncond_output, Tensor? noise, Tensor? noise_seed,"
-    f" {_STEP_SCHEMA}, bool return_pred_original) -> (Tensor, Tensor)",
-    cpu=_cpu_forward,
+    f" {_STEP_SCHEMA}, bool return_pred_original, str impl) -> (Tensor, Tensor)",
+    kernel=_forward,
     fake=_fake_forward,
 )
 _backward_op = registration.define(
     "ddim_step_backward(Tensor? grad_prev, Tensor? grad_original, Tensor? sample, Tensor? model_output,"
-    f" Tensor? uncond_output, {_STEP_SCHEMA}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=_cpu_backward,
+    f" Tensor? uncond_output, {_STEP_SCHEMA}, bool[] wanted, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    kernel=_backward,
     fake=_fake_backward,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Only a clip makes the gradient depend on the inputs; without one nothing big is kept."""
-    sample, model_output, uncond_output, _, _, alpha_t, a, alpha_prev, b, guidance, *rest, wanted = inputs
+    sample, model_output, uncond_output, _, _, alpha_t, a, alpha_prev, b, guidance, *rest, wanted, ctx.impl = inputs
     clipped = rest[4] is not None
     kept = (sample, model_output, uncond_output) if clipped else (None, None, None)
     ctx.save_for_backward(*kept, alpha_t, alpha_prev, guidance)
@@ -307,19 +329,30 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_prev: _Optional, grad_original: _Optional) -> tuple[_Optional, ...]:
+def _differentiate(ctx: Any, grad_prev: _Optional, grad_original: _Optional) -> tuple[_Optional, ...]:
     *kept, alpha_t, alpha_prev, guidance = ctx.saved_tensors
     (a, b), wanted = ctx.values, list(ctx.needs_input_grad[:4])
     grad_original = grad_original if ctx.wanted else None
-    arguments = (grad_prev, grad_original, *kept, alpha_t, a, alpha_prev, b, guidance, *ctx.rest, wanted)
+    arguments = (grad_prev, grad_original, *kept, alpha_t, a, alpha_prev, b, guidance, *ctx.rest, wanted, ctx.impl)
     grads = registration.call(_backward_op, torch.is_grad_enabled(), *arguments)
     found = [g if w else None for g, w in zip(grads, wanted, strict=True)]
     return (*found, *[None] * (len(ctx.needs_input_grad) - 4))
 
 
-registration.differentiable(_forward_op, setup_context=_setup_context, backward=_backward, backward_op=_backward_op)
+registration.differentiable(
+    _forward_op, setup_context=_setup_context, backward=_differentiate, backward_op=_backward_op
+)
 dispatch.register(
     _OP,
-    dispatch.Impl("cpu", _cpu_supports, _call_native, verified=frozenset({"x86_64"})),
+    dispatch.Impl(
+        "cpu", partial(_supports, registration.on_cpu), partial(_call_kernel, "cpu"), verified=frozenset({"x86_64"})
+    ),
+    dispatch.Impl(
+        "triton",
+        partial(_supports, registration.on_triton),
+        partial(_call_kernel, "triton"),
+        frozenset(),
+        slower=registration.interpreted,
+    ),
     dispatch.Impl("reference", lambda facts: None, _reference),
 )

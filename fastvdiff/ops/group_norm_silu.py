@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def group_norm_silu(
         silu: False leaves the activation out.
         stats: (B, G, 2) float32, mean and centred sum of squares of each group of x, as `conv3d(stats_groups=G)`
             returns them: saves one read of x. Its gradient is part of x's.
-        impl: None, or the implementation to use, strictly: "cpu" or "reference".
+        impl: None, or the implementation to use, strictly: "cpu", "triton", "cuda" or "reference".
 
     Returns:
         A tensor of x's shape, memory format and dtype.
@@ -103,39 +104,33 @@ def _call_reference(
     return _reference(x, num_groups, weight, bias, eps, scale, shift, silu)
 
 
-def _call_native(
-    x: torch.Tensor, num_groups: int, weight: Any, bias: Any, eps: float, scale: Any, shift: Any, silu: bool, stats: Any
-) -> torch.Tensor:
+def _call_kernel(
+    impl: str, x: torch.Tensor, num_groups: int, weight: Any, bias: Any, eps: float, scale: Any, shift: Any, silu: bool,
+    stats: Any,
+) -> torch.Tensor:  # fmt: skip
     recorded = dispatch.needs_grad(x, weight, bias, scale, shift)
-    return registration.call(_forward_op, recorded, x, num_groups, weight, bias, eps, scale, shift, silu, stats)[0]
+    return registration.call(_forward_op, recorded, x, num_groups, weight, bias, eps, scale, shift, silu, stats, impl)[
+        0
+    ]
 
 
-def _cpu_forward(
-    x: torch.Tensor, num_groups: int, weight: Any, bias: Any, eps: float, scale: Any, shift: Any, silu: bool, stats: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from fastvdiff.native import group_norm_silu as native
-
-    return native.forward(x, num_groups, weight, bias, eps, scale, shift, silu, stats)
+def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *arguments, impl = arguments
+    return registration.backend(impl, _OP).forward(*arguments)
 
 
-def _fake_forward(
-    x: torch.Tensor, num_groups: int, weight: Any, bias: Any, eps: float, scale: Any, shift: Any, silu: bool, stats: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_forward(x: torch.Tensor, num_groups: int, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), x.new_empty((x.shape[0], num_groups, 2), dtype=torch.float32)
 
 
-def _cpu_backward(
-    grad: torch.Tensor, x: torch.Tensor, moments: torch.Tensor, num_groups: int, weight: Any, bias: Any,
-    scale: Any, shift: Any, silu: bool,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    from fastvdiff.native import group_norm_silu as native
-
-    return native.backward(grad, x, moments, num_groups, weight, bias, scale, shift, silu)
+def _backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    *arguments, impl = arguments
+    return registration.backend(impl, _OP).backward(*arguments)
 
 
 def _fake_backward(
     grad: torch.Tensor, x: torch.Tensor, moments: torch.Tensor, num_groups: int, weight: Any, bias: Any,
-    scale: Any, shift: Any, silu: bool,
+    scale: Any, shift: Any, silu: bool, impl: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     return (
         torch.empty_like(x),
@@ -146,38 +141,45 @@ def _fake_backward(
 
 _forward_op = registration.define(
     "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, Tensor? shift,"
-    " bool silu, Tensor? stats) -> (Tensor, Tensor)",
-    cpu=_cpu_forward,
+    " bool silu, Tensor? stats, str impl) -> (Tensor, Tensor)",
+    kernel=_forward,
     fake=_fake_forward,
 )
 _backward_op = registration.define(
     "group_norm_silu_backward(Tensor grad, Tensor x, Tensor moments, int num_groups, Tensor? weight, Tensor? bias,"
-    " Tensor? scale, Tensor? shift, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=_cpu_backward,
+    " Tensor? scale, Tensor? shift, bool silu, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernel=_backward,
     fake=_fake_backward,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, ctx.num_groups, weight, bias, _, scale, shift, ctx.silu, _ = inputs
+    x, ctx.num_groups, weight, bias, _, scale, shift, ctx.silu, _, ctx.impl = inputs
     ctx.set_materialize_grads(False)  # the moments have none
     ctx.save_for_backward(x, weight, bias, scale, shift, output[1])
 
 
-def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     x, weight, bias, scale, shift, moments = ctx.saved_tensors
-    arguments = (grad, x, moments, ctx.num_groups, weight, bias, scale, shift, ctx.silu)
+    arguments = (grad, x, moments, ctx.num_groups, weight, bias, scale, shift, ctx.silu, ctx.impl)
     dx, dweight, dbias, dscale, dshift = registration.call(_backward_op, torch.is_grad_enabled(), *arguments)
     return (
         dx, None,
         None if weight is None else dweight, None if bias is None else dbias, None,
-        None if scale is None else dscale, None if shift is None else dshift, None, None,
+        None if scale is None else dscale, None if shift is None else dshift, None, None, None,
     )  # fmt: skip
 
 
-registration.differentiable(_forward_op, setup_context=_setup_context, backward=_backward, backward_op=_backward_op)
+registration.differentiable(
+    _forward_op, setup_context=_setup_context, backward=_differentiate, backward_op=_backward_op
+)
 dispatch.register(
     _OP,
-    dispatch.Impl("cpu", registration.on_cpu, _call_native, verified=frozenset({"x86_64"})),
+    dispatch.Impl("cpu", registration.on_cpu, partial(_call_kernel, "cpu"), verified=frozenset({"x86_64"})),
+    dispatch.Impl(
+        "triton", registration.on_triton, partial(_call_kernel, "triton"), frozenset(), slower=registration.interpreted
+    ),
+    # After triton until both have been measured on one device.
+    dispatch.Impl("cuda", registration.on_cuda, partial(_call_kernel, "cuda"), frozenset()),
     dispatch.Impl("reference", lambda facts: None, _call_reference),
 )

@@ -13,6 +13,16 @@ from fastvdiff.reference.conv3d import conv3d as _reference_conv3d
 from fastvdiff.reference.norm_silu_conv3d import norm_silu_conv3d as _reference
 
 from . import registration
+from .conv3d import (
+    GEOMETRY,
+    bias_gradients_of,
+    cuda_options,
+    geometry_of,
+    is_channels_last,
+    on_cuda,
+    result_like,
+    shape_of,
+)
 from .conv3d import check as check_convolution
 from .group_norm_silu import group_norm_silu
 
@@ -67,7 +77,8 @@ def norm_silu_conv3d(
         silu: False leaves the activation out.
         stride, padding, dilation, groups, padding_mode, prefix, channel_bias, residual, stats_groups: as in `conv3d`;
             prefix holds frames of h, not of x.
-        impl: None, or the implementation to use, strictly: "cpu" or "reference".
+        impl: None, or the implementation to use, strictly: "cpu", "cuda" (with `stats` the norm is applied as the
+            convolution reads x; else the two ops' kernels run one after the other) or "reference".
 
     Returns:
         As `conv3d`: y, or (y, statistics of y) with `stats_groups`.
@@ -78,12 +89,12 @@ def norm_silu_conv3d(
 
     Source: Wu & He, "Group Normalization", arXiv:1803.08494; the block of Ho et al., arXiv:2006.11239, appendix B.
     """
-    check_convolution(_OP, x, weight, bias, stride, padding, dilation, groups, padding_mode, prefix, channel_bias,
-                      residual, stats_groups)  # fmt: skip
+    out_sizes = check_convolution(_OP, x, weight, bias, stride, padding, dilation, groups, padding_mode, prefix,
+                                  channel_bias, residual, stats_groups)  # fmt: skip
     _check_norm(x, num_groups, norm_weight, norm_bias, stats, scale, shift)
     x = x.to(registration.autocast_dtype(x))
     differentiable = (x, norm_weight, norm_bias, weight, bias, scale, shift, prefix, channel_bias, residual)
-    facts = dispatch.facts_of(x, dispatch.needs_grad(*differentiable))
+    facts = dispatch.facts_of(x, dispatch.needs_grad(*differentiable), **cuda_options(x, groups, out_sizes))
     chosen = dispatch.choose(_OP, facts, impl)
     norm = (num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats)
     convolution = {
@@ -91,7 +102,7 @@ def norm_silu_conv3d(
         "prefix": prefix, "channel_bias": channel_bias, "residual": residual, "stats_groups": stats_groups,
     }  # fmt: skip
     with registration.without_autocast(x):
-        if facts.needs_grad:
+        if facts.needs_grad and chosen.name != "cuda":  # whose own backward computes h again
             return checkpoint(chosen.call, x, weight, bias, norm, convolution, use_reentrant=False,
                               preserve_rng_state=False)  # fmt: skip
         return chosen.call(x, weight, bias, norm, convolution)
@@ -132,8 +143,128 @@ def _call_cpu(
     return _reference_conv3d(h, weight, bias, **convolution)
 
 
+def _call_kernel(
+    x: torch.Tensor, weight: torch.Tensor, bias: Any, norm: tuple[Any, ...], convolution: dict[str, Any]
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """CUDA: one op whose backward computes h again, and not the convolution."""
+    num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats = norm
+    prefix, channel_bias, residual = (convolution[name] for name in ("prefix", "channel_bias", "residual"))
+    recorded = dispatch.needs_grad(
+        x, norm_weight, norm_bias, scale, shift, weight, bias, prefix, channel_bias, residual
+    )
+    geometry = geometry_of(weight, *(convolution[name] for name in ("stride", "padding", "dilation", "padding_mode")))
+    y, y_stats = registration.call(
+        _forward_op, recorded, x, num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats, weight, bias,
+        *geometry, prefix, channel_bias, residual, convolution["stats_groups"], "cuda",
+    )  # fmt: skip
+    return (y, y_stats.detach()) if convolution["stats_groups"] else y
+
+
+def _forward(
+    x: torch.Tensor, num_groups: int, norm_weight: Any, norm_bias: Any, eps: float, scale: Any, shift: Any, silu: bool,
+    stats: Any, weight: torch.Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, replicate: Any, prefix: Any,
+    channel_bias: Any, residual: Any, stats_groups: int, impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    norm = (num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats)
+    convolution = registration.backend(impl, "conv3d")
+    geometry = convolution.Geometry(*map(tuple, (stride, padding, dilation, replicate)))
+    out_size = shape_of(x, weight, stride, padding, dilation)[2:]
+    rest = (weight, bias, geometry, prefix, channel_bias, residual, stats_groups, out_size, is_channels_last(x, weight))
+    if stats is not None:
+        return registration.backend(impl, _OP).forward(x, *norm, *rest)
+    h, _ = registration.backend(impl, "group_norm_silu").forward(x, *norm)
+    return convolution.forward(h, *rest)
+
+
+def _fake_forward(
+    x: torch.Tensor, num_groups: int, norm_weight: Any, norm_bias: Any, eps: float, scale: Any, shift: Any, silu: bool,
+    stats: Any, weight: torch.Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, replicate: Any, prefix: Any,
+    channel_bias: Any, residual: Any, stats_groups: int, impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return result_like(x, weight, stride, padding, dilation, stats_groups)
+
+
+def _backward(
+    grad: torch.Tensor, x: torch.Tensor, num_groups: int, norm_weight: Any, norm_bias: Any, eps: float, scale: Any,
+    shift: Any, silu: bool, stats: Any, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any, replicate: Any,
+    prefix: Any, impl: str,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    norm, convolution = (registration.backend(impl, op) for op in ("group_norm_silu", "conv3d"))
+    geometry = convolution.Geometry(*map(tuple, (stride, padding, dilation, replicate)))
+    grad = grad.to(x.dtype)
+    h, moments = norm.forward(x, num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats)
+    dweight = convolution.weight_gradient(grad, h, weight, geometry, prefix)
+    dh, dprefix = convolution.input_gradient(grad, h, weight, geometry, prefix)
+    dx, *parameters = norm.backward(dh, x, moments, num_groups, norm_weight, norm_bias, scale, shift, silu)
+    return dx, *parameters, dweight, x.new_empty(0) if dprefix is None else dprefix
+
+
+def _fake_backward(
+    grad: torch.Tensor, x: torch.Tensor, num_groups: int, norm_weight: Any, norm_bias: Any, eps: float, scale: Any,
+    shift: Any, silu: bool, stats: Any, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any, replicate: Any,
+    prefix: Any, impl: str,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(x),
+        *(x.new_empty(0) if p is None else torch.empty_like(p, memory_format=contiguous)
+          for p in (norm_weight, norm_bias, scale, shift)),
+        torch.empty_like(weight, memory_format=contiguous),
+        x.new_empty(0) if prefix is None else x.new_empty(prefix.shape),
+    )  # fmt: skip
+
+
+_NORM = (
+    "Tensor x, int num_groups, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? scale, Tensor? shift,"
+    " bool silu, Tensor? stats"
+)
+_forward_op = registration.define(
+    f"norm_silu_conv3d({_NORM}, Tensor weight, Tensor? bias, {GEOMETRY}, Tensor? channel_bias, Tensor? residual,"
+    " int stats_groups, str impl) -> (Tensor, Tensor)",
+    kernel=_forward,
+    fake=_fake_forward,
+)
+_backward_op = registration.define(
+    f"norm_silu_conv3d_backward(Tensor grad, {_NORM}, Tensor weight, {GEOMETRY}, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernel=_backward,
+    fake=_fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    (x, ctx.num_groups, norm_weight, norm_bias, ctx.eps, scale, shift, ctx.silu, stats, weight, bias, *ctx.geometry,
+     prefix, channel_bias, residual, _, ctx.impl) = inputs  # fmt: skip
+    ctx.set_materialize_grads(False)  # the statistics have none
+    ctx.sums = bias_gradients_of(bias, channel_bias)
+    ctx.of_residual = None if residual is None else residual.dtype
+    ctx.save_for_backward(x, norm_weight, norm_bias, scale, shift, stats, weight, prefix)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    x, norm_weight, norm_bias, scale, shift, stats, weight, prefix = ctx.saved_tensors
+    norm = (ctx.num_groups, norm_weight, norm_bias, ctx.eps, scale, shift, ctx.silu, stats)
+    dx, *parameters, dweight, dprefix = registration.call(
+        _backward_op, torch.is_grad_enabled(), grad, x, *norm, weight, *ctx.geometry, prefix, ctx.impl
+    )
+    given = (norm_weight, norm_bias, scale, shift)
+    dnorm_weight, dnorm_bias, dscale, dshift = (
+        None if p is None else g for p, g in zip(given, parameters, strict=True)
+    )
+    dbias, dchannel_bias = ctx.sums(grad)
+    return (
+        dx, None, dnorm_weight, dnorm_bias, None, dscale, dshift, None, None, dweight, dbias, None, None, None, None,
+        None if prefix is None else dprefix.to(prefix.dtype), dchannel_bias,
+        None if ctx.of_residual is None else grad.to(ctx.of_residual), None, None,
+    )  # fmt: skip
+
+
+registration.differentiable(
+    _forward_op, setup_context=_setup_context, backward=_differentiate, backward_op=_backward_op
+)
 dispatch.register(
     _OP,
     dispatch.Impl("cpu", registration.on_cpu, _call_cpu, frozenset({"x86_64"})),
+    dispatch.Impl("cuda", on_cuda, _call_kernel, frozenset(), tf32=True),
     dispatch.Impl("reference", lambda facts: None, _call_reference),
 )

@@ -6,19 +6,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
 from torch.autograd import forward_ad
 
+from fastvdiff import tuned
 from fastvdiff.dispatch import Facts
 
 _LIBRARY = torch.library.Library("fastvdiff", "DEF")
 _RECORDED: dict[Any, type] = {}  # op -> its autograd function
-_KERNELS: dict[Any, Callable[..., Any]] = {}  # op -> its CPU kernel
+_KERNELS: dict[Any, Callable[..., Any]] = {}  # op -> what runs it
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _VALUES = frozenset({type(None), bool, int, float, str})
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 # What tells whether a call may go past the dispatcher is not torch's public interface: without it, calls do not.
 _BYPASS = all(
     hasattr(torch._C, name)
@@ -26,15 +34,30 @@ _BYPASS = all(
 ) and hasattr(torch._C._autograd, "_profiler_enabled")
 
 
-def define(schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define `fastvdiff::<schema>` with its CPU kernel and its fake; returns the op, ready to call."""
+def define(schema: str, *, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define `fastvdiff::<schema>`, run by `kernel` on every device, with its fake; returns the op, ready to call.
+
+    The schema's last argument is `str impl`, the implementation that the public functional has chosen.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    _LIBRARY.impl(name, cpu, "CPU")
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, kernel, device)
     torch.library.register_fake(f"fastvdiff::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.fastvdiff, name).default
-    _KERNELS[op] = cpu
+    _KERNELS[op] = kernel
     return op
+
+
+@functools.cache
+def backend(impl: str, op: str) -> ModuleType:
+    """The module whose `forward` and `backward` are `op`'s kernels of this implementation, imported at first use."""
+    if impl in ("cpu", "cuda"):
+        return importlib.import_module(f"fastvdiff.native.{op}{'_cuda' if impl == 'cuda' else ''}")
+    module = importlib.import_module(f"fastvdiff.kernels.{op}")
+    if torch.cuda.is_available():
+        module.launch.use_tuned(tuned.load())
+    return module
 
 
 def differentiable(
@@ -89,9 +112,9 @@ def _unobserved() -> bool:
 
 
 def _ordinary(argument: Any) -> bool:
-    """A plain value, or a CPU tensor that is nothing but its memory: no subclass, no pending negation."""
+    """A plain value, or a tensor that is nothing but its memory: no subclass, no pending negation."""
     kind = type(argument)
-    return kind in _VALUES or (kind in _TENSORS and argument.is_cpu and not argument.is_neg())
+    return kind in _VALUES or (kind in _TENSORS and (argument.is_cpu or argument.is_cuda) and not argument.is_neg())
 
 
 def call(op: Any, recorded: bool, *args: Any) -> Any:
@@ -143,6 +166,58 @@ def on_cpu(facts: Facts) -> str | None:
     if facts.dtype == torch.float64:
         return "no float64 kernel: the reference keeps its precision"
     return None
+
+
+def on_triton(facts: Facts) -> str | None:
+    """What every Triton kernel asks for: Triton, a GPU that it compiles for (or its interpreter), no float64."""
+    if not _HAS_TRITON:
+        return "Triton is not installed"
+    if facts.device not in ("cuda", "cpu") or (facts.device == "cpu" and not _INTERPRETED):
+        return f"runs on CUDA and ROCm devices, not {facts.device}"
+    if facts.dtype == torch.float64:
+        return "no float64 kernel: the reference keeps its precision"
+    if facts.device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    return None
+
+
+def on_cuda(facts: Facts) -> str | None:
+    """What every CUDA C++ kernel asks for: an NVIDIA GPU that this build has code for, no float64."""
+    if facts.device != "cuda":
+        return f"runs on NVIDIA GPUs, not {facts.device}"
+    if facts.dtype == torch.float64:
+        return "no float64 kernel: the reference keeps its precision"
+    if torch.version.hip is not None:
+        return "runs on NVIDIA GPUs, not ROCm devices"
+    return _not_built_for_this()
+
+
+def _not_built_for_this() -> str | None:
+    """Why this build's CUDA kernels do not run on the current device, None if they do; compilers do not trace it."""
+    return _not_built_for(*torch.cuda.get_device_capability())
+
+
+# torch.compiler.assume_constant_result without its import of Dynamo, which costs a second.
+_not_built_for_this._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _not_built_for(major: int, minor: int) -> str | None:
+    native = importlib.import_module("fastvdiff.native")
+    try:
+        built = native.cuda_architectures()
+    except ImportError as error:  # Triton and the reference run without it
+        return str(error)
+    if not built:
+        return "built without CUDA: with nvcc on the PATH, rebuild: FASTVDIFF_CUDA=ON pip install -e ."
+    if not native.runs_on((major, minor)):
+        return f"built for {', '.join(built)}, not for compute capability {major}.{minor}"
+    return None
+
+
+def interpreted(facts: Facts) -> str | None:
+    """On a CPU, Triton kernels run under an interpreter that is there to test them."""
+    return "slower here: Triton's interpreter" if facts.device == "cpu" else None
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def temporal_attention(
         k_offset: row of the rotary table of the first key (queries start at row 0).
         scale: factor of the scores, from 0 upward; 1/sqrt(D) if None.
         is_causal: query t attends to keys 0 .. t (counted from the upper left, whatever Tk and k_offset).
-        impl: run this implementation ("cpu", "reference") or raise NotImplementedError.
+        impl: run this implementation ("cpu", "triton", "reference") or raise NotImplementedError.
 
     Returns:
         (B, T, S, heads, D) of q's dtype (the autocast dtype under autocast), with the strides of `torch.empty_like(q)`.
@@ -67,7 +68,7 @@ def temporal_attention(
     _check(q, k, v, attn_bias, attn_mask, rotary, rotary_style, k_offset, scale)
     dtype = registration.autocast_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    facts = dispatch.facts_of(q, dispatch.needs_grad(q, k, v, attn_bias))
+    facts = dispatch.facts_of(q, dispatch.needs_grad(q, k, v, attn_bias), keys=k.shape[1])
     chosen = dispatch.choose(_OP, facts, impl)
     with registration.without_autocast(q):
         return chosen.call(q, k, v, attn_bias, attn_mask, rotary, rotary_style, k_offset, scale, is_causal)
@@ -99,6 +100,16 @@ def _check(
     attention_checks.rotary(_OP, rotary, style, q, "q", rows, "max(T, k_offset + Tk)", dim)
 
 
+def _triton_supports(facts: dispatch.Facts) -> str | None:
+    frames, dim = facts.shape[1], facts.shape[4]
+    longest = max(frames, facts.options["keys"])
+    if longest > 256:
+        return f"up to 256 frames, not {longest}"
+    if dim > 160:
+        return f"a head dimension D of up to 160, not {dim}"
+    return registration.on_triton(facts)
+
+
 def _slower(facts: dispatch.Facts) -> str | None:
     """The classes in which the kernel lost against torch on x86 with AVX-512, forward or forward and backward."""
     positions = facts.shape[2]
@@ -109,36 +120,34 @@ def _slower(facts: dispatch.Facts) -> str | None:
     return None
 
 
-def _call_native(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Any, mask: Any, rotary: Any, style: str, k_offset: int,
-    scale: float | None, is_causal: bool,
+def _call_kernel(
+    impl: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Any, mask: Any, rotary: Any, style: str,
+    k_offset: int, scale: float | None, is_causal: bool,
 ) -> torch.Tensor:  # fmt: skip
     cos, sin = (None, None) if rotary is None else rotary
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    arguments = (q, k, v, bias, mask, cos, sin, style == "interleaved", k_offset, scale, is_causal)
+    arguments = (q, k, v, bias, mask, cos, sin, style == "interleaved", k_offset, scale, is_causal, impl)
     return registration.call(_forward_op, dispatch.needs_grad(q, k, v, bias), *arguments)
 
 
-def _cpu_forward(q: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    from fastvdiff.native import temporal_attention as native
-
-    return native.forward(q, *arguments)
+def _forward(*arguments: Any) -> torch.Tensor:
+    *arguments, impl = arguments
+    return registration.backend(impl, _OP).forward(*arguments)
 
 
 def _fake_forward(q: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return torch.empty_like(q)
 
 
-def _cpu_backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    from fastvdiff.native import temporal_attention as native
-
-    return native.backward(grad, *arguments)
+def _backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    *arguments, impl = arguments
+    return registration.backend(impl, _OP).backward(*arguments)
 
 
 def _fake_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Any, *arguments: Any
 ) -> tuple[torch.Tensor, ...]:
-    wanted = bias is not None and arguments[-1]
+    wanted = bias is not None and arguments[-2]
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if wanted else q.new_empty(0)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
 
@@ -147,29 +156,37 @@ _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? cos, Tensor? sin, bool interleaved,"
     " int k_offset, float scale, bool is_causal"
 )
-_forward_op = registration.define(f"temporal_attention({_ARGUMENTS}) -> Tensor", cpu=_cpu_forward, fake=_fake_forward)
+_forward_op = registration.define(
+    f"temporal_attention({_ARGUMENTS}, str impl) -> Tensor", kernel=_forward, fake=_fake_forward
+)
 _backward_op = registration.define(
-    f"temporal_attention_backward(Tensor grad, {_ARGUMENTS}, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=_cpu_backward,
+    f"temporal_attention_backward(Tensor grad, {_ARGUMENTS}, bool bias_grad, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    kernel=_backward,
     fake=_fake_backward,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs[:7])
-    ctx.options = inputs[7:]
+    *ctx.options, ctx.impl = inputs[7:]
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     bias_grad = ctx.needs_input_grad[3]
-    arguments = (grad, *ctx.saved_tensors, *ctx.options, bias_grad)
+    arguments = (grad, *ctx.saved_tensors, *ctx.options, bias_grad, ctx.impl)
     dq, dk, dv, dbias = registration.call(_backward_op, torch.is_grad_enabled(), *arguments)
-    return dq, dk, dv, dbias if bias_grad else None, *[None] * 7
+    return dq, dk, dv, dbias if bias_grad else None, *[None] * 8
 
 
-registration.differentiable(_forward_op, setup_context=_setup_context, backward=_backward, backward_op=_backward_op)
+registration.differentiable(
+    _forward_op, setup_context=_setup_context, backward=_differentiate, backward_op=_backward_op
+)
 dispatch.register(
     _OP,
-    dispatch.Impl("cpu", registration.on_cpu, _call_native, frozenset({"x86_64"}), _slower),
+    dispatch.Impl("cpu", registration.on_cpu, partial(_call_kernel, "cpu"), frozenset({"x86_64"}), _slower),
+    dispatch.Impl(
+        "triton", _triton_supports, partial(_call_kernel, "triton"), frozenset(), slower=registration.interpreted
+    ),
     dispatch.Impl("reference", lambda facts: None, _reference),
 )

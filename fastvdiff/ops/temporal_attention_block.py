@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def temporal_attention_block(
         scale: factor of the scores, 1/sqrt(D) if None.
         is_causal: frame t attends to frames 0 .. t.
         residual: add x to the result.
-        impl: None, or the implementation to use, strictly: "cpu" or "reference".
+        impl: None, or the implementation to use, strictly: "cpu", "triton" or "reference".
 
     Returns:
         A tensor of x's shape, memory format and dtype.
@@ -146,6 +147,15 @@ def _check_norm(x: torch.Tensor, norm: object, weight: object, bias: object, fra
     checks.parameter(_OP, "frame_embedding", frame_embedding, x, "x", (frames, channels), symbols="(T, C)")
 
 
+def _triton_supports(facts: dispatch.Facts) -> str | None:
+    channels, frames = facts.shape[1:3]
+    dim = facts.options["inner"] // facts.options["heads"]
+    for what, size, most in (("channels", channels, 320), ("frames", frames, 64), ("a head dimension D", dim, 128)):
+        if size > most:
+            return f"{what} up to {most}, not {size}: norm, projections and attention by themselves go further"
+    return registration.on_triton(facts)
+
+
 def _slower(facts: dispatch.Facts) -> str | None:
     """The classes in which the kernel lost against the reference on x86 with AVX-512, in single-thread CPU time."""
     channels, positions = facts.shape[1], facts.shape[3] * facts.shape[4]
@@ -161,38 +171,37 @@ def _slower(facts: dispatch.Facts) -> str | None:
     return None
 
 
-def _call_native(
-    x: torch.Tensor, q_weight: Any, k_weight: Any, v_weight: Any, out_weight: Any, heads: int, q_bias: Any, k_bias: Any,
-    v_bias: Any, out_bias: Any, norm: str | None, norm_weight: Any, norm_bias: Any, eps: float, frame_embedding: Any,
-    attn_bias: Any, attn_mask: Any, rotary: Any, rotary_style: str, scale: float | None, is_causal: bool,
-    residual: bool,
+def _call_kernel(
+    impl: str, x: torch.Tensor, q_weight: Any, k_weight: Any, v_weight: Any, out_weight: Any, heads: int, q_bias: Any,
+    k_bias: Any, v_bias: Any, out_bias: Any, norm: str | None, norm_weight: Any, norm_bias: Any, eps: float,
+    frame_embedding: Any, attn_bias: Any, attn_mask: Any, rotary: Any, rotary_style: str, scale: float | None,
+    is_causal: bool, residual: bool,
 ) -> torch.Tensor:  # fmt: skip
     parameters = [q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, out_weight, out_bias, norm_weight, norm_bias,
                   frame_embedding, attn_bias]  # fmt: skip
     cos, sin = (None, None) if rotary is None else rotary
     if scale is None:
         scale = 1.0 / math.sqrt(q_weight.shape[0] // heads)
-    options = (heads, norm, eps, attn_mask, cos, sin, rotary_style, scale, is_causal, residual)
+    options = (heads, norm, eps, attn_mask, cos, sin, rotary_style, scale, is_causal, residual, impl)
     return registration.call(_forward_op, dispatch.needs_grad(x, *parameters), x, *parameters, *options)
 
 
 _PARAMETERS = 12
 
 
-def _cpu_forward(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    from fastvdiff.native import temporal_attention_block as native
-
-    return native.forward(x, arguments[:_PARAMETERS], *arguments[_PARAMETERS:])
+def _forward(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    *arguments, impl = arguments
+    return registration.backend(impl, _OP).forward(x, arguments[:_PARAMETERS], *arguments[_PARAMETERS:])
 
 
 def _fake_forward(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-def _cpu_backward(grad: torch.Tensor, wanted: list[bool], x: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
-    from fastvdiff.native import temporal_attention_block as native
-
-    return native.backward(grad, x, arguments[:_PARAMETERS], wanted, *arguments[_PARAMETERS:])
+def _backward(grad: torch.Tensor, wanted: list[bool], x: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
+    *arguments, impl = arguments
+    parameters, options = arguments[:_PARAMETERS], arguments[_PARAMETERS:]
+    return registration.backend(impl, _OP).backward(grad, x, parameters, wanted, *options)
 
 
 def _fake_backward(grad: torch.Tensor, wanted: list[bool], x: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
@@ -207,14 +216,15 @@ _ARGUMENTS = (
     "Tensor x, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias,"
     " Tensor out_weight, Tensor? out_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? frame_embedding,"
     " Tensor? attn_bias, int heads, str? norm, float eps, Tensor? attn_mask, Tensor? cos, Tensor? sin,"
-    " str rotary_style, float scale, bool is_causal, bool residual"
+    " str rotary_style, float scale, bool is_causal, bool residual,"
+    " str impl"
 )
 _forward_op = registration.define(
-    f"temporal_attention_block({_ARGUMENTS}) -> Tensor", cpu=_cpu_forward, fake=_fake_forward
+    f"temporal_attention_block({_ARGUMENTS}) -> Tensor", kernel=_forward, fake=_fake_forward
 )
 _backward_op = registration.define(
     f"temporal_attention_block_backward(Tensor grad, bool[] wanted, {_ARGUMENTS}) -> Tensor[]",
-    cpu=_cpu_backward,
+    kernel=_backward,
     fake=_fake_backward,
 )
 
@@ -226,7 +236,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
     ctx.others = [None if isinstance(a, torch.Tensor) else a for a in inputs]
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     saved = iter(ctx.saved_tensors)
     arguments = [next(saved) if kept else a for kept, a in zip(ctx.is_tensor, ctx.others, strict=True)]
     wanted = list(ctx.needs_input_grad[1 : 1 + _PARAMETERS])
@@ -235,9 +245,14 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return dx, *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *(None,) * rest
 
 
-registration.differentiable(_forward_op, setup_context=_setup_context, backward=_backward, backward_op=_backward_op)
+registration.differentiable(
+    _forward_op, setup_context=_setup_context, backward=_differentiate, backward_op=_backward_op
+)
 dispatch.register(
     _OP,
-    dispatch.Impl("cpu", registration.on_cpu, _call_native, frozenset({"x86_64"}), _slower),
+    dispatch.Impl("cpu", registration.on_cpu, partial(_call_kernel, "cpu"), frozenset({"x86_64"}), _slower),
+    dispatch.Impl(
+        "triton", _triton_supports, partial(_call_kernel, "triton"), frozenset(), slower=registration.interpreted
+    ),
     dispatch.Impl("reference", lambda facts: None, _reference),
 )

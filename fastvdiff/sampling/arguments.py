@@ -46,6 +46,13 @@ def number(argument: str, value: object, least: float, most: float = math.inf) -
     return float(value)
 
 
+def flag(argument: str, value: object) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        fail(argument, "True or False", checks.describe(value), TypeError)
+    return value
+
+
 def prompts(prompt: object) -> list[str]:
     """One prompt or several, none of them empty."""
     several = [prompt] if isinstance(prompt, str) else prompt

@@ -42,6 +42,14 @@ def find(name: str | Path) -> Path:
     raise FileNotFoundError(f"{name}: no such checkpoint folder; in the package: {known}")
 
 
+def prompts_of(name: str | Path) -> dict[str, Any]:
+    """What a pipeline's prompts look like, as its `save_pretrained` was told; {} where it was told nothing.
+
+    name: a folder or a packaged name. Raises FileNotFoundError and ValueError as `find` and `load` do.
+    """
+    return _described(find(name))["prompts"]
+
+
 def save(pipeline: TextToVideoPipeline, path: Path, dtype: torch.dtype | None, prompts: dict[str, Any]) -> None:
     """See `TextToVideoPipeline.save_pretrained`."""
     description = {
@@ -62,6 +70,18 @@ def save(pipeline: TextToVideoPipeline, path: Path, dtype: torch.dtype | None, p
 
 def load(path: Path) -> dict[str, Any]:
     """The arguments of a `TextToVideoPipeline`, its parts on the CPU; see `from_pretrained` for the errors."""
+    description = _described(path)
+    scheduler = SCHEDULERS[description["scheduler"]]
+    return {
+        "unet": VideoUNet.from_pretrained(str(path / "unet")),
+        "text_encoder": _text_encoder(path / "text_encoder"),
+        "scheduler": scheduler.from_pretrained(path, subfolder="scheduler"),
+        **{name: description[name] for name in SIZES},
+    }
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """The description of a folder whose files are all whole."""
     if not (path / DESCRIPTION).is_file():
         raise ValueError(f"{path}: holds no {DESCRIPTION}: not a fastvdiff pipeline (`fastvdiff export` makes one)")
     verify_seal(path)
@@ -70,13 +90,7 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path / DESCRIPTION}: format {description['format']}, this fastvdiff {__version__} reads {FORMAT}"
         )
-    scheduler = SCHEDULERS[description["scheduler"]]
-    return {
-        "unet": VideoUNet.from_pretrained(str(path / "unet")),
-        "text_encoder": _text_encoder(path / "text_encoder"),
-        "scheduler": scheduler.from_pretrained(path, subfolder="scheduler"),
-        **{name: description[name] for name in SIZES},
-    }
+    return description
 
 
 def _text_encoder(path: Path) -> ByteTextEncoder:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from fastvdiff.models import VideoUNet
 from fastvdiff.text import ByteTextEncoder
 
 from . import arguments, folder
+from .denoising import AfterStep, Denoiser, LoopInputs
 from .frames import to_frames
+from .graph_capture import GraphCache, reason_against
 
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE = 1.5
@@ -43,11 +46,21 @@ class TextToVideoPipeline:
     One denoising step is one U-Net evaluation on the conditional and unconditional halves together, and one fused
     scheduler step that guides as it goes: the loop never waits for the device.
 
+    With `cuda_graph` the whole loop is one CUDA graph. The first call of a kind records it; every later one fills the
+    graph's inputs and launches it once, with bitwise the result of the ordinary loop. Calls are of one kind when they
+    have the same number of videos, sizes, steps, eta, rescale, padded prompt length, kernels and torch settings:
+    prompts, seeds and guidance scales are free. The pipeline keeps the 4 kinds used last. They share the activations'
+    memory; each has its own inputs and, where steps add noise, the noise of all steps (steps x the samples' size),
+    drawn before the replay. Weights updated in place count from the next call on; weights that moved, another U-Net or
+    scheduler, and `to` drop the graphs. A call that cannot be replayed (not on CUDA, a callback, a scheduler of another
+    class, training mode, forward hooks) runs step by step, and a warning says why, once a reason.
+
     Args:
         unet: its `cross_attention_dim` is the text encoder's `dim`.
         text_encoder: see `fastvdiff.text.TextEncoder`; the empty prompt gives the unconditional embedding.
         scheduler: DDIM, or DDPM for ancestral sampling.
         num_frames, height, width, fps: of the clips that the model was trained on; the defaults of a call.
+        cuda_graph: replay the loop where it can be; a call may say otherwise.
 
     Raises:
         TypeError, ValueError: a part or a size is not as above.
@@ -63,6 +76,7 @@ class TextToVideoPipeline:
         height: int,
         width: int,
         fps: float,
+        cuda_graph: bool = False,
     ) -> None:
         if unet.config.cross_attention_dim != text_encoder.dim:
             width = f"width {unet.config.cross_attention_dim} (the unet's cross_attention_dim)"
@@ -72,16 +86,23 @@ class TextToVideoPipeline:
         self.height = arguments.positive_int("height", height)
         self.width = arguments.positive_int("width", width)
         self.fps = arguments.number("fps", fps, least=1e-3)
-        self._step_arguments = set(inspect.signature(scheduler.step).parameters)
+        self.cuda_graph = arguments.flag("cuda_graph", cuda_graph)
+        self._graphs = GraphCache()
+        self._warned: set[str] = set()
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        name: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        cuda_graph: bool = False,
     ) -> Self:
         """The pipeline that `save_pretrained` wrote, or the one in the package, "tiny".
 
         Every file is held to its hash first. device: None is the GPU where there is one. dtype: of the weights in
-        memory, whatever the files hold.
+        memory, whatever the files hold. cuda_graph: as in the constructor.
 
         Raises FileNotFoundError for a name that is neither, `fastvdiff.sealed.DamagedError` (a ValueError) naming a
         file that is missing, truncated or altered, ValueError for a folder of another kind.
@@ -90,7 +111,7 @@ class TextToVideoPipeline:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         parts["unet"].to(device, dtype)
         parts["text_encoder"].to(device, dtype)
-        return cls(**parts)
+        return cls(**parts, cuda_graph=cuda_graph)
 
     def save_pretrained(
         self, path: str | Path, *, dtype: torch.dtype | None = None, prompts: dict[str, Any] | None = None
@@ -104,9 +125,19 @@ class TextToVideoPipeline:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the U-Net and the text encoder; returns the pipeline itself."""
+        self.release_graphs()
         for module in (self.unet, self.text_encoder):
             module.to(device=device, dtype=dtype)
         return self
+
+    def release_graphs(self) -> None:
+        """Give back the memory of the recorded loops; the next call of a kind records again."""
+        self._graphs.clear()
+
+    def reason_against_cuda_graph(self, callback_on_step_end: Callback | None = None) -> str | None:
+        """Why a call, with this callback, would run its loop step by step; None if it would be replayed."""
+        has_callback = callback_on_step_end is not None
+        return reason_against(self.unet, self.scheduler, self._graphs.device_type, has_callback)
 
     @property
     def device(self) -> torch.device:
@@ -138,6 +169,7 @@ class TextToVideoPipeline:
         output_type: str = "np",
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        cuda_graph: bool | None = None,
         progress: bool = True,
         return_dict: bool = True,
     ) -> VideoOutput | tuple[Any]:
@@ -161,7 +193,8 @@ class TextToVideoPipeline:
             callback_on_step_end: called as in diffusers, (pipeline, i, timestep, tensors) with the tensors named in
                 callback_on_step_end_tensor_inputs, "latents" and "prompt_embeds"; those in the dict that it returns
                 replace them.
-            progress: show a progress bar.
+            cuda_graph: replay the loop as one CUDA graph, see the class; None is the pipeline's own setting.
+            progress: show a progress bar; with a graph it has one tick, the whole loop.
             return_dict: True: an object with `.frames` and `.seeds`; False: the 1-tuple (frames,).
 
         Raises:
@@ -177,7 +210,9 @@ class TextToVideoPipeline:
         scale = arguments.guidance(guidance_scale, frames, self.device)
         rescale = arguments.number("guidance_rescale", guidance_rescale, 0, 1)
         output_type = arguments.output_type(output_type)
-        options = self._step_options(arguments.number("eta", eta, 0))
+        eta = arguments.number("eta", eta, 0)
+        use_graph = self.cuda_graph if cuda_graph is None else arguments.flag("cuda_graph", cuda_graph)
+        denoiser = Denoiser.of(self.unet, self.scheduler, steps, eta, rescale)
         videos = len(prompts) * per_prompt
         chosen_seeds, generators = arguments.seeds(seed, generator, videos)
         shape = (videos, self.unet.config.in_channels, frames, height, width)
@@ -185,49 +220,41 @@ class TextToVideoPipeline:
         sample = sample.float() * self.scheduler.init_noise_sigma
 
         guided = isinstance(scale, torch.Tensor) or scale != 1.0
-        if guided:
-            options |= {"guidance_scale": scale, "guidance_rescale": rescale}
         text, mask = self._encode(prompts, negatives if guided else [], per_prompt)
-        if "generator" in self._step_arguments:
-            options["generator"] = generators
         callback = _StepCallback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-
-        # The timesteps stay on the host: what is looked up by them reaches the device as plain numbers.
-        self.scheduler.set_timesteps(steps)
-        for i, t in enumerate(tqdm(self.scheduler.timesteps.tolist(), disable=not progress, desc="sampling")):
-            output, uncond = self._predict(sample, t, text, mask, guided)
-            if uncond is not None:
-                options["uncond_output"] = uncond
-            sample = self.scheduler.step(output, t, sample, **options).prev_sample
-            if callback:
-                sample, text = callback(self, i, self.scheduler.timesteps[i], sample, text)
-        result = to_frames(sample, output_type)
+        noise = denoiser.draws(sample, generators)
+        inputs = LoopInputs(sample, text, mask, scale if guided else None, noise)
+        after_step = functools.partial(callback, self) if callback else None
+        result = to_frames(self._denoise(denoiser, inputs, after_step, use_graph, progress), output_type)
         return VideoOutput(result, chosen_seeds) if return_dict else (result,)
 
-    def _step_options(self, eta: float) -> dict[str, Any]:
-        """Arguments of the scheduler's step that stay the same for every step."""
-        if "eta" in self._step_arguments:
-            return {"eta": eta}
-        if eta != 0.0:
-            arguments.fail("eta", f"0, as {type(self.scheduler).__name__} has no eta", eta)
-        return {}
+    def _denoise(
+        self, denoiser: Denoiser, inputs: LoopInputs, after_step: AfterStep | None, use_graph: bool, progress: bool
+    ) -> torch.Tensor:
+        """The samples (B, C, T, H, W) that the loop ends with, replayed if that is wanted and can be."""
+        if use_graph:
+            against = reason_against(self.unet, self.scheduler, self._graphs.device_type, after_step is not None)
+            if against is None:
+                with tqdm(total=1, disable=not progress, desc="sampling") as bar:
+                    sample = self._graphs.run(denoiser, inputs)
+                    bar.update()
+                return sample
+            self._warn_of(against)
+        self._graphs.drop_outdated(self.unet, self.scheduler)
+        timesteps = tqdm(denoiser.timesteps, disable=not progress, desc="sampling")
+        return denoiser.run(inputs, timesteps, after_step)
+
+    def _warn_of(self, against: str) -> None:
+        if against not in self._warned:
+            self._warned.add(against)
+            message = f"TextToVideoPipeline: cuda_graph: the loop runs step by step: {against}"
+            # From inside __call__ and its inference_mode wrapper, up to the caller.
+            warnings.warn(message, stacklevel=5)
 
     def _encode(self, prompts: list[str], negatives: list[str], per_prompt: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Text and mask of all videos, the negative prompts' after the prompts': (B or 2B, L, D) and (B or 2B, L)."""
         text, mask = self.text_encoder([*prompts, *negatives])
         return text.repeat_interleave(per_prompt, 0), mask.repeat_interleave(per_prompt, 0)
-
-    def _predict(
-        self, sample: torch.Tensor, timestep: int, text: torch.Tensor, mask: torch.Tensor, guided: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The U-Net's prediction with the prompt, and with guidance the one without, each like `sample`."""
-        scaled = self.scheduler.scale_model_input(sample, timestep).to(self.dtype)
-        batch = torch.cat([scaled, scaled]) if guided else scaled
-        output = self.unet(batch, timestep, text, encoder_attention_mask=mask).to(sample.dtype)
-        if not guided:
-            return output, None
-        with_prompt, without = output.chunk(2)
-        return with_prompt, without
 
 
 class _StepCallback:
@@ -248,8 +275,9 @@ class _StepCallback:
         return self.function is not None
 
     def __call__(
-        self, pipeline: TextToVideoPipeline, i: int, timestep: torch.Tensor, sample: torch.Tensor, text: torch.Tensor
+        self, pipeline: TextToVideoPipeline, i: int, sample: torch.Tensor, text: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tensors = {"latents": sample, "prompt_embeds": text}
+        timestep = pipeline.scheduler.timesteps[i]
         replaced = self.function(pipeline, i, timestep, {name: tensors[name] for name in self.names}) or {}
         return replaced.get("latents", sample), replaced.get("prompt_embeds", text)

@@ -15,6 +15,7 @@ from torch import nn
 BYTES = 256
 PAD, BEGIN, END = BYTES, BYTES + 1, BYTES + 2
 VOCABULARY = BYTES + 3
+MAX_NGRAM = 7  # VOCABULARY ** 7 is the largest power that an int64 holds
 LENGTH_MULTIPLE = 8  # padded lengths: few enough for a compiled model to see each of them once
 
 
@@ -32,14 +33,30 @@ class ByteTextEncoderConfig:
     max_length: int = 64
     mlp_ratio: int = 4
     lowercase: bool = True
+    ngrams: tuple[int, ...] = ()
+    ngram_buckets: int = 1021
 
     def __post_init__(self) -> None:
-        for name, least in (("width", 1), ("depth", 0), ("heads", 1), ("max_length", 3), ("mlp_ratio", 1)):
+        object.__setattr__(self, "ngrams", tuple(self.ngrams))  # JSON has lists only
+        for name, least in (
+            ("width", 1),
+            ("depth", 0),
+            ("heads", 1),
+            ("max_length", 3),
+            ("mlp_ratio", 1),
+            ("ngram_buckets", 1),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"ByteTextEncoderConfig: {name}: expected an integer >= {least}, got {value!r}")
         if self.width % self.heads:
             raise ValueError(f"ByteTextEncoderConfig: heads={self.heads} does not divide width={self.width}")
+        if not all(isinstance(n, int) and 2 <= n <= MAX_NGRAM for n in self.ngrams) or len(set(self.ngrams)) < len(
+            self.ngrams
+        ):
+            raise ValueError(
+                f"ByteTextEncoderConfig: ngrams: expected different integers from 2 to {MAX_NGRAM}, got {self.ngrams!r}"
+            )
 
 
 class ByteTextEncoder(nn.Module, PyTorchModelHubMixin, library_name="fastvdiff", tags=["text-encoder"]):
@@ -49,6 +66,10 @@ class ByteTextEncoder(nn.Module, PyTorchModelHubMixin, library_name="fastvdiff",
     ids, mask = encoder.encode(prompts)                      # text to integers, no parameters
     hidden, mask = encoder.forward_ids(ids, mask, drop)      # tensors only: compile this one
     ```
+
+    With `config.ngrams`, each byte's embedding is joined by those of the n-grams that end there, looked up by a hash
+    (Pagnoni et al. 2024, arXiv:2412.09871, section 3.2.1): words differ from the first step on, before any block has
+    learned to put bytes together.
 
     The unconditional embedding is one learned vector at position 0, everything after it masked; it stands for the empty
     prompt and for every prompt that `drop` marks. `save_pretrained` and `from_pretrained` write and read
@@ -62,6 +83,7 @@ class ByteTextEncoder(nn.Module, PyTorchModelHubMixin, library_name="fastvdiff",
         self.dim = config.width
         self.max_length = config.max_length
         self.token_embedding = nn.Embedding(VOCABULARY, config.width)
+        self.ngram_embeddings = nn.ModuleList(nn.Embedding(config.ngram_buckets, config.width) for _ in config.ngrams)
         self.position_embedding = nn.Parameter(torch.empty(config.max_length, config.width))
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
@@ -73,7 +95,8 @@ class ByteTextEncoder(nn.Module, PyTorchModelHubMixin, library_name="fastvdiff",
 
         Embeddings of 0.02 drown in the biases that joint training learns first: soon every prompt reads alike.
         """
-        for weight in (self.token_embedding.weight, self.position_embedding, self.null_embedding):
+        tables = (table.weight for table in (self.token_embedding, *self.ngram_embeddings))
+        for weight in (*tables, self.position_embedding, self.null_embedding):
             nn.init.normal_(weight, std=1.0)
         for block in self.blocks:
             for linear in (block.qkv, block.attention_out, block.mlp_in, block.mlp_out):
@@ -133,6 +156,8 @@ class ByteTextEncoder(nn.Module, PyTorchModelHubMixin, library_name="fastvdiff",
         Returns hidden (B, L, D), zero where masked, and the mask, which for an unconditional row keeps position 0 only.
         """
         hidden = self.token_embedding(ids) + self.position_embedding[: ids.shape[1]]
+        for length, table in zip(self.config.ngrams, self.ngram_embeddings, strict=True):
+            hidden = hidden + table(ngram_numbers(ids, length) % self.config.ngram_buckets)
         attend = mask[:, None, None, :]
         for block in self.blocks:
             hidden = block(hidden, attend)
@@ -169,6 +194,17 @@ class ByteTextEncoder(nn.Module, PyTorchModelHubMixin, library_name="fastvdiff",
             stacklevel=2,
         )
         return kept
+
+
+def ngram_numbers(ids: torch.Tensor, length: int) -> torch.Tensor:
+    """The `length` ids that end at each position as one number in base `VOCABULARY`; before the first, `PAD`.
+
+    ids (B, L) int64 -> (B, L) int64, different for different n-grams.
+    """
+    numbers = ids
+    for back in range(1, length):
+        numbers = numbers + F.pad(ids, (back, 0), value=PAD)[:, : ids.shape[1]] * VOCABULARY**back
+    return numbers
 
 
 class _Block(nn.Module):

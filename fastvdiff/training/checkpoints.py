@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -36,7 +38,7 @@ class Checkpoint:
 def save(
     run: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any], keep: int
 ) -> Path:
-    """Write `run/checkpoint-<step>` aside, rename it, verify it, and only then remove older ones beyond `keep` in all.
+    """Write `run/checkpoint-<step>` aside, verify it, rename it, and only then remove older ones beyond `keep` in all.
 
     Raises CheckpointError where the disk refuses (it is full, say): what was there before is still there then.
     """
@@ -48,13 +50,20 @@ def save(
                 save_file(plain, aside / f"{stem}.safetensors")
             text = json.dumps({"step": step, **state}, indent=1)
             (aside / STATE).write_text(text + "\n", encoding="utf-8")
-        verify_seal(folder)
     except (OSError, SafetensorError, DamagedError) as error:
         raise CheckpointError(f"{folder}: could not be written, earlier checkpoints are untouched: {error}") from error
     older = [other for other in found(run) if step_of(other) < step]
     for old in older[: len(older) - (keep - 1)] if keep <= len(older) else ():
-        shutil.rmtree(old)
+        _remove(old)
     return folder
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint, its name first: killed half-way, no half of it is left to be read. What cannot go stays."""
+    gone = folder.with_name(f".{folder.name}.gone-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def load(folder: Path) -> Checkpoint:
@@ -111,5 +120,6 @@ def remove_leftovers(run: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.rename(folder)
-    for path in run.glob(f".{PREFIX}*.new-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for kind in ("new", "gone"):
+        for path in run.glob(f".{PREFIX}*.{kind}-*"):
+            shutil.rmtree(path, ignore_errors=True)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from fastvdiff.diffusion import DDIMScheduler
 from fastvdiff.models import PRESETS, VideoUNetConfig
 from fastvdiff.text import ByteTextEncoderConfig
+from fastvdiff.text.bytes import MAX_NGRAM
 
 from .schema import Count, Fraction, Natural, Positive, Within, from_table, read_toml, to_table
 
@@ -21,8 +22,8 @@ class DataConfig:
     folder: see `fastvdiff.data.VideoFolder`. num_frames, height, width: of a training clip. fps: sampling rate in
     frames per second; left out, every frame as stored. random_flip: mirror half of the clips, captions included.
     workers: processes that decode; 0 decodes in the training process, which for a small data set kept in memory is
-    fastest. cache_mib: decoded frames kept in memory, in each process. skip_broken: replace a broken clip by another
-    instead of stopping (up to 1 % of them).
+    fastest. cache_mib: decoded frames kept in memory, in each process; with a cache_folder, on the disk, memory-mapped,
+    for all processes and later runs. skip_broken: replace a broken clip by another instead of stopping (up to 1 %).
     """
 
     folder: str
@@ -33,6 +34,7 @@ class DataConfig:
     random_flip: bool = False
     workers: Natural = 0
     cache_mib: Natural = 2048
+    cache_folder: str | None = None
     skip_broken: bool = False
 
 
@@ -55,15 +57,20 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The byte-level text encoder that is trained with the network; its width is the network's cross_attention_dim."""
+    """The byte-level text encoder that is trained with the network; its width is the network's cross_attention_dim.
+
+    ngrams, ngram_buckets: lengths of the n-grams that have vectors of their own, and how many of each length.
+    """
 
     depth: Natural = 3
     heads: Count = 4
     max_length: Annotated[int, Within(least=3)] = 64
+    ngrams: tuple[Annotated[int, Within(least=2, most=MAX_NGRAM)], ...] = ()
+    ngram_buckets: Count = 1021
 
     def resolved(self, width: int) -> ByteTextEncoderConfig:
         """The encoder's configuration at this width."""
-        return ByteTextEncoderConfig(width=width, depth=self.depth, heads=self.heads, max_length=self.max_length)
+        return ByteTextEncoderConfig(width=width, **dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,10 @@ class DiffusionConfig:
 class OptimizerConfig:
     """AdamW and its learning rate: linear warm-up, then constant or a half cosine down to `final_lr` of the peak.
 
-    weight_decay falls on matrices and kernels only, not on biases, norms and embeddings of position.
+    weight_decay falls on matrices and kernels only, not on biases, norms and embeddings of position. text_lr_share: the
+    text encoder's rate as a share of lr; at the full rate of a small network it learns what all captions have in common
+    so fast that what tells them apart drowns in it. matrices: what updates the network's matrices and kernels; "muon"
+    learns fine detail in a fraction of AdamW's steps, each about a half longer for a small network on a CPU.
     """
 
     lr: Positive = 3e-4
@@ -119,6 +129,8 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine"] = "cosine"
     final_lr: Fraction = 0.02
     max_grad_norm: Positive = 1.0
+    text_lr_share: Fraction = 1.0
+    matrices: Literal["adamw", "muon"] = "adamw"
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2:
@@ -129,15 +141,42 @@ class OptimizerConfig:
 class RunConfig:
     """How long and how: steps of `batch_size * accumulate` clips each.
 
-    ema_decay: of the averaged weights, which are the ones sampled and exported; it warms up as (1 + n) / (10 + n).
+    precision: of the forward and backward pass; weights and optimizer stay in fp32. "fp16" scales the loss and leaves
+    out the steps that overflow. ema_decay: of the averaged weights, which are the ones sampled and exported; it warms
+    up as (1 + n) / (10 + n). gradient_checkpointing: recompute the network's blocks in the backward pass: less memory,
+    about a third more time, the same numbers.
     """
 
     steps: Count
     batch_size: Count = 8
     accumulate: Count = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema_decay: Annotated[float, Within(least=0, below=1)] = 0.999
+    gradient_checkpointing: bool = False
     device: str = "auto"
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """The averaged weights' loss on clips that are not trained on, at fixed noise levels with fixed noise.
+
+    every: steps between two; 0 for none. clips: how many, drawn by the seed. folder: where they are, another folder
+    like data.folder; left out, they are held out of data.folder. levels: shares of num_train_timesteps.
+    """
+
+    every: Natural = 0
+    clips: Count = 64
+    folder: str | None = None
+    levels: tuple[Fraction, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+    def __post_init__(self) -> None:
+        if not self.levels or len(set(self.levels)) < len(self.levels):
+            raise ValueError(f"levels: expected one or more different numbers, got {list(self.levels)}")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some of data.folder's clips are not trained on."""
+        return self.every > 0 and self.folder is None
 
 
 @dataclass(frozen=True)
@@ -145,6 +184,7 @@ class OutputConfig:
     """What a run leaves in its folder, and how often (in steps).
 
     keep: checkpoints kept, the oldest go first. sample_every: sheets of samples from the averaged weights; 0 for none.
+    tensorboard: event files with the log's numbers and the samples (pip install "fastvdiff[train]").
     """
 
     log_every: Count = 50
@@ -154,6 +194,7 @@ class OutputConfig:
     sample_prompts: tuple[str, ...] = ("a red circle moving right", "a blue square moving up")
     sample_steps: Count = 50
     sample_guidance: Annotated[float, Within(least=0)] = 1.5
+    tensorboard: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +209,7 @@ class TrainConfig:
     text: TextConfig = field(default_factory=TextConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
@@ -182,6 +224,9 @@ class TrainConfig:
                 f"optimizer.warmup_steps: expected fewer than run.steps = {self.run.steps}, "
                 f"got {self.optimizer.warmup_steps}"
             )
+        if self.optimizer.matrices == "muon" and self.run.precision == "fp16":
+            # A scaled loss leaves out the steps that overflow, for one optimizer: the other would take half a step.
+            raise ValueError("run.precision: expected fp32 or bf16 with optimizer.matrices = 'muon', got fp16")
 
     @classmethod
     def load(cls, path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> TrainConfig:

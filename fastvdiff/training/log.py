@@ -1,4 +1,4 @@
-"""The run's log: one JSON object a line, always in agreement with the checkpoint that a run resumes from."""
+"""The run's log: JSON lines that agree with the checkpoint a run resumes from, and TensorBoard's event files."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastvdiff.data.atomic import written_aside
+
+from .tensorboard import TensorBoard
 
 
 class MetricsLog:
@@ -36,6 +39,32 @@ class MetricsLog:
             stream.write(json.dumps({"step": step, **values}) + "\n")
 
 
+class RunLog:
+    """A run's numbers in `log.jsonl`, and with `tensorboard` in event files too, with the clips that it samples."""
+
+    def __init__(self, folder: Path, first_step: int, tensorboard: bool = False) -> None:
+        self.metrics = MetricsLog(folder / "log.jsonl", first_step)
+        self.tensorboard = TensorBoard(folder / "tensorboard", first_step) if tensorboard else None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def write(self, step: int, values: dict[str, float | None]) -> None:
+        """One record of numbers."""
+        self.metrics.write(step, values)
+        if self.tensorboard is not None:
+            self.tensorboard.scalars(step, values)
+
+    def clips(self, step: int, clips: Mapping[str, np.ndarray], fps: float) -> None:
+        """Sampled clips, uint8 (T, H, W, 3), by name."""
+        if self.tensorboard is not None:
+            self.tensorboard.clips(step, clips, fps)
+
+
 def _step(line: str) -> float:
     """The step of a record; infinite for a torn line, which no resumed run keeps."""
     try:
@@ -45,31 +74,42 @@ def _step(line: str) -> float:
 
 
 class Meter:
-    """Means of loss and gradient norm since the last reading, kept on the device; speed without the pauses."""
+    """Means of loss and gradient norm since the last reading, kept on the device; speed without the pauses.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    clips_per_step: for the rate in clips. With `skips`, steps whose gradient is not finite were left out by the loss
+    scaler: they are counted apart and stay out of the means.
+    """
+
+    def __init__(self, device: torch.device, clips_per_step: int = 1, skips: bool = False) -> None:
+        self.device, self.clips_per_step, self.skips = device, clips_per_step, skips
         self._reset()
 
     def _reset(self) -> None:
-        self._sums = torch.zeros(2, device=self.device)
-        self._count, self._away, self._start = 0, 0.0, time.perf_counter()
+        self._sums = torch.zeros(3, device=self.device)
+        self._steps, self._away, self._start = 0, 0.0, time.perf_counter()
 
     def add(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Count one step; nothing waits for the device."""
-        self._sums += torch.stack([loss, grad_norm])
-        self._count += 1
+        values = torch.stack([loss, grad_norm, torch.ones_like(loss)])
+        self._sums += torch.where(grad_norm.isfinite(), values, 0) if self.skips else values
+        self._steps += 1
 
-    def peek(self) -> dict[str, float]:
-        """The means so far (0 before any step); waits for the device."""
-        loss, grad_norm = (self._sums / max(self._count, 1)).tolist()
-        return {"loss": loss, "grad_norm": grad_norm}
+    def peek(self) -> dict[str, float | None]:
+        """The means so far, None where no step counts; waits for the device."""
+        loss, grad_norm, count = self._sums.tolist()
+        means = {"loss": loss / count, "grad_norm": grad_norm / count} if count else {"loss": None, "grad_norm": None}
+        return {**means, "skipped_steps": self._steps - round(count)} if self.skips else means
 
-    def read(self, lr: float) -> dict[str, float]:
+    def read(self, lr: float) -> dict[str, float | None]:
         """One log record; the next one starts afresh."""
         values = self.peek()
-        seconds = time.perf_counter() - self._start - self._away
-        values |= {"lr": lr, "steps_per_s": self._count / seconds, "peak_memory_mib": peak_memory_mib(self.device)}
+        rate = self._steps / (time.perf_counter() - self._start - self._away)
+        values |= {
+            "lr": lr,
+            "steps_per_s": rate,
+            "clips_per_s": rate * self.clips_per_step,
+            "peak_memory_mib": peak_memory_mib(self.device),
+        }
         self._reset()
         return values
 

@@ -16,11 +16,11 @@ from .config import DiffusionConfig
 
 
 class Draws(NamedTuple):
-    """What a batch is noised with: timesteps int64 (B,), noise (B, C, T, H, W), dropped captions bool (B,)."""
+    """What a batch is noised with: timesteps int64 (B,), noise (B, C, T, H, W), dropped captions bool (B,) or None."""
 
     timesteps: torch.Tensor
     noise: torch.Tensor
-    drop: torch.Tensor
+    drop: torch.Tensor | None
 
 
 def stream_seed(seed: int, purpose: str, step: int) -> int:
@@ -58,12 +58,13 @@ class Objective:
         video: torch.Tensor,
         captions: list[str],
         draws: Draws,
+        *,
+        weighted: bool = True,
     ) -> torch.Tensor:
-        """The weighted loss of each clip, (B,); video (B, C, T, H, W) in [-1, 1], B captions."""
+        """The loss of each clip, (B,), min-SNR weighted if configured; video (B, C, T, H, W) in [-1, 1], B captions."""
         alpha = self.alphas[draws.timesteps]
         text, mask = text_encoder(captions, drop=draws.drop)
         noisy = add_noise(video, draws.noise, alpha)
         output = unet(noisy, draws.timesteps, text, encoder_attention_mask=mask)
-        return diffusion_loss(
-            output, video, draws.noise, alpha, self.config.prediction_type, snr_gamma=self.config.snr_gamma
-        )
+        gamma = self.config.snr_gamma if weighted else None
+        return diffusion_loss(output, video, draws.noise, alpha, self.config.prediction_type, snr_gamma=gamma)

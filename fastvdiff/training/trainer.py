@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastvdiff import __version__
-from fastvdiff.data import Batch, BatchSchedule, VideoFolder, collate, read_video
+from fastvdiff.data import Batch, BatchSchedule, VideoError
 from fastvdiff.data.atomic import written_aside
 from fastvdiff.models import VideoUNet
 from fastvdiff.text import ByteTextEncoder
 
-from . import checkpoints
+from . import checkpoints, clips, run_state
 from .averaged import AveragedModel
 from .checkpoints import CheckpointError
-from .config import DataConfig, TrainConfig, differing_keys
+from .claim import claimed
+from .config import TrainConfig
 from .ema import ExponentialAverage
 from .interruption import Interruption
-from .log import Meter, MetricsLog
+from .log import Meter, RunLog
 from .objective import Objective, stream_seed
-from .optimizer import NamedAdamW, learning_rate
-from .schema import ConfigError, dump_toml, from_table
-from .weights import load_weights, weights_of
+from .optimizer import NamedOptimizer, learning_rate
+from .precision import Precision
+from .schema import dump_toml
+from .tensorboard import require_tensorboard
+from .validation import Validation
 
-OnSamples = Callable[[AveragedModel], None]
+Clips = Mapping[str, np.ndarray]
+OnSamples = Callable[[AveragedModel], Clips | None]
 
 
 class TrainingError(RuntimeError):
@@ -53,7 +53,8 @@ class Trainer:
     The folder `config.folder` receives `config.toml` (resolved), `log.jsonl` and `checkpoint-<step>` folders. Batches,
     noise, timesteps and dropout are functions of (seed, step): N steps, a stop and N more equal 2N steps bit for bit.
 
-    on_samples: called with the averaged model every `output.sample_every` steps. say: where messages go.
+    on_samples: called with the averaged model every `output.sample_every` steps; clips that it returns by name, uint8
+    (T, H, W, 3), go to TensorBoard. say: where messages go.
 
     Raises ValueError or FileNotFoundError for data that cannot be read.
     """
@@ -62,14 +63,19 @@ class Trainer:
         self, config: TrainConfig, *, on_samples: OnSamples | None = None, say: Callable[[str], None] = tqdm.write
     ) -> None:
         self.config, self.on_samples, self.say = config, on_samples, say
+        if config.output.tensorboard:
+            require_tensorboard()
         self.folder = Path(config.folder)
         self.device = _device(config.run.device)
-        self.dataset = _open_clips(config.data, config.seed)
+        self.dataset = clips.open_clips(config)
+        self.data_hash, self.data_bytes = clips.identity(self.dataset)
         self.schedule = BatchSchedule(len(self.dataset), config.run.batch_size, config.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "weights", 0))
             unet = VideoUNet(config.model.resolved())
             text_encoder = ByteTextEncoder(config.text.resolved(unet.config.cross_attention_dim))
+        if config.run.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
         self.modules: dict[str, nn.Module] = {
             "unet": unet.to(self.device).train(),
             "text_encoder": text_encoder.to(self.device).train(),
@@ -80,9 +86,12 @@ class Trainer:
             for module, each in self.modules.items()
             for name, parameter in each.named_parameters()
         }
-        self.optimizer = NamedAdamW(parameters, config.optimizer)
+        self.optimizer = NamedOptimizer(parameters, config.optimizer)
         self.objective = Objective(config.diffusion, config.seed, self.device)
-        self.fps = _frame_rate(self.dataset, config.data)
+        self.precision = Precision(config.run.precision, self.device)
+        held_out = clips.open_held_out(config)
+        self.validation = None if held_out is None else Validation(held_out, config, self.objective, self.precision)
+        self.fps = clips.frame_rate(self.dataset, config.data.fps)
         self.step = 0
         self._saved_step: int | None = None
 
@@ -92,91 +101,75 @@ class Trainer:
         Raises CheckpointError where it is missing, damaged, or of a run whose network, text, diffusion, seed or data
         differ from this configuration's. Other differences (rates, lengths) are reported and taken as wanted.
         """
-        folder = checkpoints.resolve(self.folder, wanted)
-        if folder is None:
-            return None
-        checkpoint = checkpoints.load(folder)
-        self._check_same_run(folder, checkpoint.state)
-        try:
-            for name, module in self.modules.items():
-                load_weights(module, checkpoint.tensors[name], f"{name}.safetensors")
-                load_weights(self.average.modules[name], checkpoint.tensors[f"ema_{name}"], f"ema_{name}.safetensors")
-            self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"])
-            self.step = self._saved_step = int(checkpoint.state["step"])
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{folder}: not a checkpoint of this configuration: {error}") from error
-        return folder
-
-    def _check_same_run(self, folder: Path, state: dict[str, Any]) -> None:
-        try:
-            theirs = from_table(TrainConfig, state["config"], str(folder / checkpoints.STATE))
-        except ConfigError as error:
-            raise CheckpointError(f"{folder}: written by another version: {error}") from error
-        different = differing_keys(theirs, self.config, ("model", "text", "diffusion"))
-        different += ["seed"] if theirs.seed != self.config.seed else []
-        if different:
-            raise CheckpointError(f"{folder}: of another run: {', '.join(different)} differ from this configuration")
-        if state["data"] != self._data_hash():
-            raise CheckpointError(f"{folder}: of another run: clips or captions in {self.config.data.folder} changed")
-        changed = differing_keys(theirs, self.config, ("run", "data", "optimizer"))
-        if changed:
-            self.say(f"resuming with other values than before for {', '.join(changed)}")
-        later = [other.name for other in checkpoints.found(self.folder) if checkpoints.step_of(other) > state["step"]]
+        with claimed(self.folder):
+            checkpoints.remove_leftovers(self.folder)
+            folder = checkpoints.resolve(self.folder, wanted)
+            if folder is None:
+                return None
+            run_state.restore(self, folder, checkpoints.load(folder))
+        self._saved_step = self.step
+        later = [other.name for other in checkpoints.found(self.folder) if checkpoints.step_of(other) > self.step]
         if later:
             self.say(f"{', '.join(later)} will be overwritten when the run comes there again")
-
-    def _data_hash(self) -> str:
-        """A hash of which clips there are, in which order, and what they are called."""
-        digest = hashlib.sha256()
-        for clip in self.dataset.clips:
-            relative = clip.path.relative_to(self.dataset.root.resolve()).as_posix()
-            digest.update(json.dumps([relative, clip.caption]).encode())
-        return digest.hexdigest()
-
-    def _data_description(self) -> dict[str, Any]:
-        """What the data set says of itself, in its dataset.json; empty where it says nothing."""
-        file = self.dataset.root / "dataset.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return folder
 
     def averaged(self) -> AveragedModel:
         """The averaged network and text encoder with what they were trained for."""
-        return AveragedModel(self.config, self.step, self.fps, self._data_description(), **self.average.modules)
+        described = clips.description(self.dataset)
+        return AveragedModel(self.config, self.step, self.fps, described, **self.average.modules)
 
     def fit(self) -> bool:
         """Train up to `run.steps`; True when they are done, False after an interruption. Either way all is saved.
 
-        Raises TrainingError when the loss is no longer finite, CheckpointError where the folder holds checkpoints and
-        `resume` was not called, or the disk refuses one.
+        Raises TrainingError when the loss is no longer finite, or a clip or the disk fails (what was trained is saved
+        first), CheckpointError where the folder holds checkpoints and `resume` was not called, another process trains
+        there, or the disk refuses a checkpoint.
         """
         config = self.config
-        self._claim_folder()
-        log = MetricsLog(self.folder / "log.jsonl", self.step)
-        meter = Meter(self.device)
-        with Interruption() as interruption, self._progress_bar() as bar:
+        meter = Meter(self.device, config.run.batch_size * config.run.accumulate, self.precision.scaler.is_enabled())
+        with claimed(self.folder), Interruption() as interruption, self._progress_bar() as bar:
+            self._prepare_folder()
             batches = self._batches()
-            while self.step < config.run.steps and not interruption.requested:
-                meter.add(*self._train_step(batches))
-                self.step += 1
-                bar.update()
-                last = self.step == config.run.steps
-                if self.step % config.output.log_every == 0 or last:
-                    values = meter.read(self._next_lr(self.step - 1))
-                    self._require_finite(values)
-                    log.write(self.step, values)
-                    bar.set_postfix(loss=f"{values['loss']:.4f}")
-                with meter.paused():
-                    if self.step % config.output.checkpoint_every == 0 or last:
-                        self.save(meter)
-                    every = config.output.sample_every
-                    if self.on_samples is not None and every and (self.step % every == 0 or last):
-                        self.on_samples(self.averaged())
-        if self.step < config.run.steps:
-            self.save(meter)
-            self.say(
-                f"interrupted: step {self.step} of {config.run.steps} is saved in {self.folder}; "
-                "go on with --resume_from_checkpoint latest"
-            )
+            try:
+                with RunLog(self.folder, self.step, config.output.tensorboard) as log:
+                    self._run(batches, log, meter, interruption, bar)
+            except (VideoError, OSError) as error:
+                self._save_what_there_is(error, meter)
+            finally:
+                clips.end_workers(batches)
+            if self.step < config.run.steps:
+                self.save(meter)
+                self.say(
+                    f"interrupted: step {self.step} of {config.run.steps} is saved in {self.folder}; "
+                    "go on with --resume_from_checkpoint latest"
+                )
         return self.step >= config.run.steps
+
+    def _run(self, batches: Iterator[Batch], log: RunLog, meter: Meter, interruption: Interruption, bar: tqdm) -> None:
+        """The steps themselves, with what is due after each: the log, the validation, a checkpoint, samples."""
+        output = self.config.output
+        while self.step < self.config.run.steps and not interruption.requested:
+            meter.add(*self._train_step(batches))
+            self.step += 1
+            bar.update()
+            if self._due(output.log_every):
+                values = meter.read(self._next_lr(self.step - 1)) | self.precision.log_values()
+                self._require_finite(values)
+                log.write(self.step, values)
+                bar.set_postfix(loss=values["loss"])
+            with meter.paused():
+                if self.validation is not None and self._due(self.config.validation.every):
+                    log.write(self.step, self.validation.losses(self.average.modules))
+                try:
+                    if self.on_samples is not None and self._due(output.sample_every):
+                        log.clips(self.step, self.on_samples(self.averaged()) or {}, self.fps)
+                finally:  # the checkpoint comes last, so that a resumed run repeats nothing of this step
+                    if self._due(output.checkpoint_every):
+                        self.save(meter)
+
+    def _due(self, every: int) -> bool:
+        """Whether what happens every so many steps, 0 for never, and at the end, happens after this one."""
+        return every > 0 and (self.step % every == 0 or self.step == self.config.run.steps)
 
     def save(self, meter: Meter | None = None) -> None:
         """Write a checkpoint of the present step, unless it is the one last written or resumed from."""
@@ -184,22 +177,22 @@ class Trainer:
             return
         if meter is not None:
             self._require_finite(meter.peek())
-        tensors = {name: weights_of(module) for name, module in self.modules.items()}
-        tensors |= {f"ema_{name}": weights_of(module) for name, module in self.average.modules.items()}
-        tensors["optimizer"] = self.optimizer.state_tensors()
-        state = {
-            "version": __version__,
-            "config": self.config.to_dict(),
-            "data": self._data_hash(),
-            "dataset": self._data_description(),
-            "fps": self.fps,
-        }
+        tensors, state = run_state.collect(self)
         checkpoints.save(self.folder, self.step, tensors, state, self.config.output.keep)
         self._saved_step = self.step
 
-    def _claim_folder(self) -> None:
-        """Make the run's folder, refuse one with checkpoints that this run does not continue, write the config."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _save_what_there_is(self, error: Exception, meter: Meter) -> None:
+        """Save the last whole step, then report a clip or a disk that failed; a checkpoint of no step is none."""
+        reason = _in_words(error)
+        if self.step == 0:
+            raise TrainingError(f"{reason}; nothing was trained yet") from error
+        self.save(meter)
+        raise TrainingError(
+            f"{reason}; step {self.step} is saved in {self.folder}: go on with --resume_from_checkpoint latest"
+        ) from error
+
+    def _prepare_folder(self) -> None:
+        """Refuse a folder with checkpoints that this run does not continue, write the configuration."""
         checkpoints.remove_leftovers(self.folder)
         there = checkpoints.found(self.folder)
         if there and self._saved_step is None:
@@ -207,28 +200,21 @@ class Trainer:
                 f"{self.folder}: already holds {there[-1].name}; go on with --resume_from_checkpoint latest, "
                 "or give another folder"
             )
-        with written_aside(self.folder / "config.toml") as temporary:
-            temporary.write_text(dump_toml(self.config.to_dict()), encoding="utf-8")
+        try:
+            with written_aside(self.folder / "config.toml") as temporary:
+                temporary.write_text(dump_toml(self.config.to_dict()), encoding="utf-8")
+        except OSError as error:
+            raise TrainingError(f"{self.folder}: config.toml could not be written: {error}") from error
 
     def _batches(self) -> Iterator[Batch]:
         """The batches from the present micro-step on; their order is the schedule's, with any number of workers."""
-        accumulate, workers = self.config.run.accumulate, self.config.data.workers
+        accumulate = self.config.run.accumulate
         keys = self.schedule.keys(self.step * accumulate, self.config.run.steps * accumulate)
-        return iter(
-            DataLoader(
-                self.dataset,
-                batch_sampler=keys,
-                collate_fn=collate,
-                num_workers=workers,
-                worker_init_fn=_ignore_ctrl_c,
-                pin_memory=self.device.type == "cuda",
-                generator=torch.Generator(),
-            )
-        )
+        return clips.loader(self.dataset, keys, self.config.data.workers, self.device)
 
     def _train_step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward, backward and update for one step; returns its loss and gradient norm, on the device."""
-        run = self.config.run
+        run, scaler = self.config.run, self.precision.scaler
         total = torch.zeros((), device=self.device)
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
@@ -237,13 +223,14 @@ class Trainer:
                 batch = next(batches)
                 video = batch["video"].to(self.device, non_blocking=True)
                 draws = self.objective.draw(self.step * run.accumulate + micro, video.shape)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+                with self.precision.autocast():
                     losses = self.objective.loss(*self.modules.values(), video, batch["caption"], draws)
                 loss = losses.mean() / run.accumulate
-                loss.backward()
+                scaler.scale(loss).backward()
                 total += loss.detach()
+        self.optimizer.unscale(scaler)
         norm = nn.utils.clip_grad_norm_(self.optimizer.parameters.values(), self.config.optimizer.max_grad_norm)
-        self.optimizer.step(self._next_lr(self.step))
+        self.optimizer.step(self._next_lr(self.step), scaler)
         self.average.update(self.modules, self.step)
         return total, norm
 
@@ -253,31 +240,18 @@ class Trainer:
     def _progress_bar(self) -> tqdm:
         return tqdm(total=self.config.run.steps, initial=self.step, unit="step", desc="train", dynamic_ncols=True)
 
-    def _require_finite(self, values: dict[str, float]) -> None:
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                kept = checkpoints.found(self.folder)
-                last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-                raise TrainingError(f"step {self.step}: {name} is {values[name]}; {last}. Try a lower optimizer.lr")
-
-
-def _open_clips(config: DataConfig, seed: int) -> VideoFolder:
-    return VideoFolder(
-        config.folder,
-        num_frames=config.num_frames,
-        size=(config.height, config.width),
-        fps=config.fps,
-        seed=seed,
-        random_flip=config.random_flip,
-        cache=config.cache_mib > 0,
-        cache_bytes=config.cache_mib << 20,
-        strict=not config.skip_broken,
-    )
-
-
-def _frame_rate(dataset: VideoFolder, config: DataConfig) -> float:
-    """Frames per second of the training clips: as configured, else the first clip's own."""
-    return config.fps or read_video(dataset.clips[0].path, num_frames=config.num_frames).fps
+    def _require_finite(self, values: dict[str, Any]) -> None:
+        wrong = [
+            f"{name} is {values[name]}"
+            for name in ("loss", "grad_norm")
+            if values[name] is not None and not math.isfinite(values[name])
+        ]
+        if self.precision.collapsed():
+            wrong.append(f"the fp16 loss scale fell to {self.precision.scaler.get_scale():g}, no gradient is finite")
+        if wrong:
+            kept = checkpoints.found(self.folder)
+            last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+            raise TrainingError(f"step {self.step}: {wrong[0]}; {last}. Try a lower optimizer.lr")
 
 
 def _device(name: str) -> torch.device:
@@ -292,6 +266,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _ignore_ctrl_c(worker: int) -> None:
-    """Leave Ctrl-C to the training process, which finishes its step first and saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _in_words(error: Exception) -> str:
+    """The message itself, without the traceback that a worker process puts before it."""
+    kind = type(error)
+    last = (str(error).strip() or kind.__name__).splitlines()[-1]
+    return last.removeprefix(f"{kind.__module__}.").removeprefix(f"{kind.__qualname__}: ")

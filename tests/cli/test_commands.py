@@ -195,7 +195,7 @@ class TestTrain:
         assert f"4 clips, {FRAMES} frames of {SIZE}x{SIZE}; unet 0." in result.stdout
         folder = tmp_path / "run"
         assert {path.name for path in folder.iterdir()} == {
-            "checkpoint-00000002", "checkpoint-00000004", "config.toml", "log.jsonl", "pipeline", "samples",
+            ".lock", "checkpoint-00000002", "checkpoint-00000004", "config.toml", "log.jsonl", "pipeline", "samples",
         }  # fmt: skip
         for step in (2, 4):
             assert Image.open(folder / "samples" / f"step-{step:08d}.png").width > FRAMES * SIZE
@@ -251,7 +251,7 @@ class TestTrain:
 def test_help_names_every_command(run: Run) -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for name in ("sample", "train", "export", "data", "doctor", "verify"):
+    for name in ("sample", "train", "export", "data", "doctor", "verify", "tune"):
         assert name in result.stdout
     assert run("--version").stdout == f"{__version__}\n"
 
@@ -277,8 +277,9 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     )
 
 
-def test_ctrl_c_saves_and_says_so(tmp_path: Path, clips: Path) -> None:
-    """The whole foreground group gets the signal, as from a terminal: the worker that decodes leaves it to training."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_so(tmp_path: Path, clips: Path, number: int) -> None:
+    """The whole group gets the signal, as from a terminal or a scheduler; the worker leaves it to training."""
     config = write_config(tmp_path / "small.toml", clips, tmp_path / "run", steps=100_000)
     code = "from fastvdiff.cli import main; main()"
     arguments = [sys.executable, "-c", code, "train", str(config), "--data.workers=1", "--output.log_every=1"]
@@ -289,10 +290,34 @@ def test_ctrl_c_saves_and_says_so(tmp_path: Path, clips: Path) -> None:
     deadline = time.monotonic() + 60
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     saved = re.search(r"interrupted: step (\d+) of 100000 is saved in .*; go on with --resume_from_checkpoint", stdout)
     assert int(saved[1]) == json.loads(log.read_text().splitlines()[-1])["step"]
     assert (tmp_path / "run" / f"checkpoint-{int(saved[1]):08d}" / "manifest.json").is_file()
     assert "Traceback" not in stderr
+
+
+class TestSwap:
+    def test_a_model_is_built_swapped_and_verified(self, run: Run, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(
+            json.dumps({"block_out_channels": [32], "layers_per_block": 1, "sample_size": 8})
+        )
+        result = run(
+            "swap", "--model", "AutoencoderKLTemporalDecoder", "--config", "config.json", "--frames", 2, "--size", 8
+        )
+        assert result.exit_code == 0, result.output
+        assert "modules replaced in AutoencoderKLTemporalDecoder" in result.output
+        assert "TemporalResnetBlock" in result.output
+        assert "passed" in result.output
+
+    def test_mistakes_are_one_line(self, run: Run, tmp_path: Path) -> None:
+        assert_refused(run("swap", "--model", "NoSuchModel"), "diffusers has none of that name")
+        assert_refused(run("swap", "--model", "nowhere.Model"), "No module named 'nowhere'")
+        (tmp_path / "bad.json").write_text("[1]")
+        assert_refused(run("swap", "--model", "UNetMotionModel", "--config", "bad.json"), "expected a JSON object")
+        (tmp_path / "odd.json").write_text('{"block_out_channels": [3]}')
+        assert_refused(
+            run("swap", "--model", "UNet3DConditionModel", "--config", "odd.json"), "cannot be built from odd.json"
+        )

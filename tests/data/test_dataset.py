@@ -59,6 +59,14 @@ def test_a_sample(shapes):
         videos[8]
 
 
+def test_some_of_a_folders_clips(shapes):
+    videos, some = (VideoFolder(shapes, num_frames=12, size=16, numbers=numbers) for numbers in (None, [5, 1]))
+    assert len(some) == 2
+    for index, number in enumerate((5, 1)):
+        assert torch.equal(some[index]["video"], videos[number]["video"])
+        assert (some[index]["caption"], some[index]["index"]) == (videos[number]["caption"], index)
+
+
 def test_collate(shapes):
     videos = VideoFolder(shapes, num_frames=4, size=(16, 24))
     batch = collate([videos[1], videos[5]])
@@ -214,6 +222,8 @@ def test_bad_folders(tmp_path):
         ({"size": (16, 0)}, "size: expected at least 1, got 0"),
         ({"seed": -1}, "seed: expected at least 0, got -1"),
         ({"fps": 0}, "fps: expected a positive number, got 0"),
+        ({"numbers": []}, "numbers: expected some of 0 to 7, got none"),
+        ({"numbers": [3, 8]}, "numbers: expected some of 0 to 7, got 8"),
     ],
 )
 def test_bad_options(shapes, options, message):

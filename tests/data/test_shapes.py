@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastvdiff.data import caption, read_video, render_clip, sample_spec, write_shapes
-from fastvdiff.data.shapes import CAPTIONS, COLOURS, DIRECTIONS, EXAMPLE, SHAPES, choose_held_out
+from fastvdiff.data.shapes import BACKGROUNDS, CAPTIONS, COLOURS, DIRECTIONS, EXAMPLE, SHAPES, choose_held_out
 
 
 def centroids(frames: np.ndarray, colour: str) -> np.ndarray:
@@ -96,6 +96,17 @@ def test_held_out_combinations_never_occur():
         choose_held_out(0, 1)
 
 
+def test_backgrounds_on_request():
+    kinds = {sample_spec(0, index, backgrounds=("solid", "noise")).background.kind for index in range(40)}
+    assert kinds == {"solid", "noise"}
+    assert {sample_spec(0, index).background.kind for index in range(40)} == set(BACKGROUNDS)
+    plain = [sample_spec(0, index, backgrounds=("plain",)) for index in range(2)]
+    assert plain[0].background == plain[1].background
+    assert plain[0].combination == sample_spec(0, 0).combination
+    corners = {tuple(render_clip(spec, 2, 32)[0, 0, 0]) for spec in plain}
+    assert corners == {(31, 31, 36)}
+
+
 def test_a_written_data_set(tmp_path):
     calls = []
     description = write_shapes(
@@ -149,6 +160,9 @@ def test_write_shapes_refuses(tmp_path):
     for name, value in (("clips", 0), ("num_frames", 0), ("size", 7), ("seed", -1)):
         with pytest.raises(ValueError, match=f"{name}: expected at least .*, got {value}"):
             write_shapes(tmp_path / "e", **{"clips": 1, name: value})
+    for backgrounds in ((), ("solid", "sky"), ("solid", "solid")):
+        with pytest.raises(ValueError, match=r"backgrounds: expected different ones of solid, .*plain, got"):
+            write_shapes(tmp_path / "e", clips=1, backgrounds=backgrounds)
     with pytest.raises(ValueError, match="held_out: expected a fraction"):
         write_shapes(tmp_path / "e", clips=1, held_out=1.5)
     assert not (tmp_path / "e").exists()

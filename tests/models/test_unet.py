@@ -29,6 +29,8 @@ KINDS = {
         "cross_attention_levels": (0,),
     },
     "patches": {"patch_size": 2, "stem_kernel_size": 5},
+    "tubes": {"patch_size": 2, "patch_frames": 2},
+    "coordinates": {"coordinates": True},
 }  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -114,11 +116,15 @@ def test_checkpointing_recomputes_on_the_implementation_of_the_forward(
 
 
 @pytest.mark.parametrize("size", [(1, 8, 8), (5, 7, 9), (3, 5, 6), (2, 1, 3)], ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("patch", [1, 2])
+@pytest.mark.parametrize("patch", [(1, 1), (1, 2), (2, 1), (3, 2)], ids=lambda p: f"patch-{p[0]}x{p[1]}")
 def test_any_size(
-    size: tuple[int, int, int], patch: int, small: Callable[..., VideoUNet], call: Callable[..., dict[str, Any]]
+    size: tuple[int, int, int],
+    patch: tuple[int, int],
+    small: Callable[..., VideoUNet],
+    call: Callable[..., dict[str, Any]],
 ) -> None:
-    model = small(patch_size=patch, channel_multipliers=(1, 2, 2))
+    frames, side = patch
+    model = small(patch_frames=frames, patch_size=side, channel_multipliers=(1, 2, 2), coordinates=True)
     arguments = call(1, *size)
     y = model(**arguments)
     assert y.shape == arguments["sample"].shape

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from fastvdiff import native
@@ -16,74 +15,7 @@ from fastvdiff.ops import ddim_step
 from fastvdiff.reference.ddim_step import magnitude_quantile
 from fastvdiff.reference.philox import philox_4x32, philox_normal
 from tests.closeness import hold
-
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
-
-
-def contiguous(t: torch.Tensor) -> torch.Tensor:
-    return t
-
-
-def channels_last(t: torch.Tensor) -> torch.Tensor:
-    return t.to(memory_format=torch.channels_last_3d) if t.dim() == 5 else t
-
-
-def sliced(t: torch.Tensor) -> torch.Tensor:
-    wider = torch.full((*t.shape[:-1], t.shape[-1] + 3), math.nan, dtype=t.dtype)
-    wider[..., 1:-2] = t
-    return wider[..., 1:-2]
-
-
-def transposed(t: torch.Tensor) -> torch.Tensor:
-    return t.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-LAYOUTS = (contiguous, channels_last, sliced, transposed)
-
-
-@st.composite
-def calls(draw: st.DrawFn) -> tuple[tuple[Any, ...], dict[str, Any], torch.dtype]:
-    """Arguments of a call, with its dtype: shapes, layouts and features in any combination."""
-    dtype = draw(st.sampled_from(NARROW))
-    batch, frames = draw(st.integers(1, 3)), draw(st.sampled_from((1, 2, 7)))
-    channels, height, width = draw(st.sampled_from((1, 3, 8))), draw(st.integers(1, 5)), draw(st.integers(1, 9))
-    video = draw(st.booleans())
-    shape = (batch, channels, frames, height, width) if video else (batch, channels, height, width)
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    gradients = draw(st.booleans())
-
-    def big() -> torch.Tensor:
-        t = torch.randn(shape, generator=generator).to(dtype)
-        return draw(st.sampled_from(LAYOUTS))(t).requires_grad_(gradients)
-
-    def alpha(low: float, high: float) -> Any:
-        value = low + (high - low) * torch.rand(batch, generator=generator)
-        return draw(st.sampled_from((float(value[0]), value[0], value)))
-
-    options: dict[str, Any] = {
-        "prediction_type": draw(st.sampled_from(PREDICTIONS)),
-        "clip_sample": draw(st.sampled_from((None, 0.75, 1.5))),
-        "use_clipped_model_output": draw(st.booleans()),
-        "return_pred_original": draw(st.booleans()),
-    }
-    if draw(st.booleans()):
-        options["uncond_output"] = big()
-        per_frame = torch.rand(batch, frames if video else 1, generator=generator) * 7
-        options["guidance_scale"] = draw(
-            st.sampled_from((7.5, per_frame[0, 0], per_frame[:1], per_frame[:, :1], per_frame))
-        )
-        if not gradients and math.prod(shape[1:]) > 1:
-            options["guidance_rescale"] = draw(st.sampled_from((0.0, 0.7)))
-    if not gradients:
-        options["dynamic_threshold"] = draw(st.sampled_from((None, (0.9, 3.0), (0.995, 1.0))))
-    options["eta"] = draw(st.sampled_from((0.0, 0.3, 1.0)))
-    if options["eta"] > 0:
-        if draw(st.booleans()):
-            options["noise"] = big()
-        else:
-            options["noise_seed"] = torch.tensor([draw(st.integers(-(2**63), 2**63 - 1))])
-    return (big(), big(), alpha(0.05, 0.6), alpha(0.65, 1.0)), options, dtype
+from tests.ops.drawn_ddim_step import LAYOUTS, NARROW, calls, channels_last, contiguous, transposed
 
 
 @settings(max_examples=330)
@@ -284,13 +216,14 @@ def test_second_derivative_names_the_way_out() -> None:
         torch.autograd.grad(grad.sum(), x)
 
 
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("layout", [contiguous, channels_last, transposed], ids=lambda f: f.__name__)
-def test_opcheck(clip: float | None, layout: Any) -> None:
+def test_opcheck(clip: float | None, layout: Any, impl: str) -> None:
     x, out, uncond, z = (layout(torch.randn(2, 3, 4, 3, 5)).requires_grad_() for _ in range(4))
     arguments = (
         x, out, uncond, z, None, None, 0.5, torch.tensor([0.7, 0.8]), 1.0, torch.rand(2, 4), 1.0, 0.0, "v_prediction",
-        1.0, clip, 0.0, 0.0, True, True,
+        1.0, clip, 0.0, 0.0, True, True, impl,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastvdiff.ddim_step.default, arguments)
 
@@ -416,7 +349,7 @@ def test_cpu_refuses_with_a_sentence(reason: str, x: torch.Tensor, options: dict
             {"dynamic_threshold": (99.5, 1.0)},
         ),
         (r"dynamic_threshold: expected \(ratio", ValueError, {"dynamic_threshold": 0.9}),
-        (r"impl: expected one of 'cpu', 'reference', got 'tpu'", ValueError, {"impl": "tpu"}),
+        (r"impl: expected one of 'cpu', 'triton', 'reference', got 'tpu'", ValueError, {"impl": "tpu"}),
     ],
 )
 def test_bad_input(message: str, error: type[Exception], changes: dict[str, Any]) -> None:

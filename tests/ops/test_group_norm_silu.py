@@ -9,64 +9,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdiff import dispatch, native, ops
 from fastvdiff.ops import group_norm_silu
-from tests.closeness import hold
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = ("contiguous", "channels_last", "sliced", "sliced_channels", "narrow_width", "transposed", "expanded")
-ARGUMENTS = ("weight", "bias", "scale", "shift")
-
-
-def in_layout(layout: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A random tensor of `shape` whose strides are those of `layout`."""
-    batch, channels, *space = shape
-    last = {3: None, 4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)]
-    if layout == "sliced":
-        return torch.randn(batch, channels + 3, *space).to(dtype)[:, 2 : 2 + channels]
-    if layout == "sliced_channels":
-        wider = torch.randn(batch, *space, channels + 5).to(dtype).movedim(-1, 1)
-        return wider[:, 1 : 1 + channels]
-    if layout == "narrow_width":
-        return torch.randn(*shape[:-1], shape[-1] + 2).to(dtype)[..., 1:-1]
-    if layout == "transposed":
-        return torch.randn(batch, channels, *reversed(space)).to(dtype).permute(0, 1, *range(len(shape) - 1, 1, -1))
-    if layout == "expanded":
-        return torch.randn(1, channels, *space).to(dtype).expand(shape)
-    x = torch.randn(shape).to(dtype)
-    if layout == "channels_last":
-        return x.to(memory_format=last) if last is not None else x.transpose(1, 2).contiguous().transpose(1, 2)
-    return x
-
-
-def parameters(x: torch.Tensor, form: str = "plain", dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """weight, bias and, by `form`, scale and shift; all of them ask for gradients."""
-    batch, channels, frames = x.shape[:3]
-    shapes = {"weight": (channels,), "bias": (channels,)}
-    per_sample, per_frame = (batch, channels), (batch, channels, frames)
-    shapes |= {
-        "plain": {},
-        "sample": {"scale": per_sample, "shift": per_sample},
-        "frame": {"scale": per_frame, "shift": per_frame},
-        "mixed": {"scale": per_frame, "shift": per_sample},
-        "mixed_other": {"scale": per_sample, "shift": per_frame},
-        "scale_alone": {"scale": per_sample},
-        "shift_alone": {"shift": per_frame if x.dim() == 5 else per_sample},
-    }[form]
-    return {n: torch.randn(s).to(dtype or x.dtype).requires_grad_() for n, s in shapes.items()}
-
-
-def check(x: torch.Tensor, groups: int, impl: str = "cpu", **arguments: Any) -> torch.Tensor:
-    """Output and every gradient within the project's tolerances, in x's memory format."""
-    # A cotangent drawn like x itself would leave a gradient of x that is rounding alone.
-    y = hold(group_norm_silu, x.requires_grad_(), groups, impl=impl, dtype=x.dtype, seed=2**17, **arguments)
-    assert y.stride() == torch.empty_like(x).stride()
-    assert y.dtype == x.dtype
-    return y
+from tests.ops.drawn_group_norm_silu import (
+    ARGUMENTS,
+    DTYPES,
+    FEW_CHANNELS,
+    LAYOUTS,
+    calls,
+    check,
+    in_layout,
+    parameters,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -135,22 +92,19 @@ def test_many_blocks(shape: tuple[int, ...], groups: int, layout: str) -> None:
 
 
 @settings(max_examples=330)
-@given(data=st.data())
-def test_drawn_cases(data: st.DataObject) -> None:
-    groups = data.draw(st.integers(1, 6), "groups")
-    space = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3), "space")
-    shape = (data.draw(st.integers(1, 3), "batch"), groups * data.draw(st.integers(1, 9), "width"), *space)
-    if math.prod(shape[1:]) < 16 * groups:
-        # With a handful of values dx is what two projections leave of dz: all rounding, in eager as here.
-        shape = (*shape[:-1], 16)
-    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
-    torch.manual_seed(data.draw(st.integers(0, 2**16), "seed"))
-    x = in_layout(data.draw(st.sampled_from(LAYOUTS), "layout"), *shape, dtype=dtype)
-    forms = ["plain", "sample", "scale_alone", "shift_alone"] + (["frame", "mixed"] if len(shape) == 5 else [])
-    given_ones = parameters(x, data.draw(st.sampled_from(forms), "form"))
-    absent = data.draw(st.sets(st.sampled_from(("weight", "bias"))), "absent")
-    given_ones = {name: p for name, p in given_ones.items() if name not in absent}
-    check(x, groups, silu=data.draw(st.booleans(), "silu"), eps=data.draw(st.sampled_from((1e-5, 1e-3))), **given_ones)
+@given(calls())
+def test_drawn_cases(call: tuple[torch.Tensor, int, dict[str, Any]]) -> None:
+    x, groups, arguments = call
+    check(x, groups, **arguments)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("form", ["plain", "sample", "mixed"])
+@pytest.mark.parametrize(("channels", "groups"), FEW_CHANNELS)
+def test_few_channels(channels: int, groups: int, form: str, layout: str) -> None:
+    for dtype in DTYPES:
+        x = in_layout(layout, 2, channels, 3, 5, 7, dtype=dtype)
+        check(x, groups, **parameters(x, form))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -234,17 +188,18 @@ def test_activation_at_the_ends(layout: str, isa: str) -> None:
     torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-6, atol=1e-35)
 
 
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_opcheck(layout: str) -> None:
+def test_opcheck(layout: str, impl: str) -> None:
     x = in_layout(layout, 2, 8, 3, 4, 5).requires_grad_()
     p = parameters(x, "frame")
-    arguments = (x, 4, p["weight"], p["bias"], 1e-5, p["scale"], p["shift"], True, None)
+    arguments = (x, 4, p["weight"], p["bias"], 1e-5, p["scale"], p["shift"], True, None, impl)
     torch.library.opcheck(torch.ops.fastvdiff.group_norm_silu.default, arguments)
     _, moments = torch.ops.fastvdiff.group_norm_silu(*arguments)
     grad = torch.randn(2, 8, 3, 4, 5)
     detached = [t.detach() for t in (x, moments, *p.values())]
     torch.library.opcheck(
-        torch.ops.fastvdiff.group_norm_silu_backward.default, (grad, *detached[:2], 4, *detached[2:], True)
+        torch.ops.fastvdiff.group_norm_silu_backward.default, (grad, *detached[:2], 4, *detached[2:], True, impl)
     )
 
 
@@ -368,7 +323,12 @@ X = torch.zeros(2, 8, 3, 4, 5)
         ((X, 4), {"shift": X[..., 0, 0].long()}, TypeError, "shift: expected dtype float32"),
         ((X, 4), {"stats": X[:, :4, 0, 0]}, ValueError, "stats: expected shape (B, G, 2) = (2, 4, 2)"),
         ((X, 4, X[0, :, 0, 0, 0].to("meta")), {}, ValueError, "weight: expected a tensor on cpu as x, got meta"),
-        ((X, 4), {"impl": "triton2"}, ValueError, "impl: expected one of 'cpu', 'reference', got 'triton2'"),
+        (
+            (X, 4),
+            {"impl": "triton2"},
+            ValueError,
+            "impl: expected one of 'cpu', 'triton', 'cuda', 'reference', got 'triton2'",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

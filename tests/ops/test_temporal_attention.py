@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,87 +15,8 @@ from torch._dynamo.testing import CompileCounter
 from fastvdiff import dispatch, native
 from fastvdiff.ops import temporal_attention
 from tests.closeness import assert_close, hold
-
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
-Shape = tuple[int, int, int, int, int]
-
-
-def frames_first(shape: Shape, draw: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """(B, T, S, heads, D) as it is spelled: channels_last_3d's memory."""
-    return draw(shape)
-
-
-def channels_first(shape: Shape, draw: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """A view of a contiguous (B, heads * D, T, S) video."""
-    batch, frames, positions, heads, dim = shape
-    return draw((batch, heads, dim, frames, positions)).permute(0, 3, 4, 1, 2)
-
-
-def fused_frames_first(shape: Shape, draw: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """A third of a fused qkv projection in channels_last_3d."""
-    return draw((*shape[:3], 3, *shape[3:]))[:, :, :, 1]
-
-
-def fused_channels_first(shape: Shape, draw: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """A third of a fused qkv projection of a contiguous video."""
-    batch, frames, positions, heads, dim = shape
-    return draw((batch, 3, heads, dim, frames, positions))[:, 2].permute(0, 3, 4, 1, 2)
-
-
-def apart(shape: Shape, draw: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """Neither positions nor dims are neighbours in memory."""
-    batch, frames, positions, heads, dim = shape
-    return draw((heads, batch, dim, positions, 2 * frames))[..., 1::2].permute(1, 4, 3, 0, 2)
-
-
-def repeated(shape: Shape, draw: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """One frame of every sample, stride 0 over the frames."""
-    return draw((shape[0], 1, *shape[2:])).expand(shape)
-
-
-LAYOUTS = (frames_first, channels_first, fused_frames_first, fused_channels_first, apart, repeated)
-
-
-def rotary_tables(rows: int, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    angles = torch.arange(rows)[:, None] * 100.0 ** (-torch.arange(pairs) / max(pairs, 1))
-    return angles.cos(), angles.sin()
-
-
-@st.composite
-def calls(draw: st.DrawFn) -> tuple[tuple[torch.Tensor, ...], dict[str, Any], torch.dtype]:
-    """q, k, v, options and dtype of a call: sizes, layouts and features in any combination."""
-    dtype = draw(st.sampled_from(NARROW))
-    frames = draw(st.sampled_from((1, 2, 7, 16, 25)))
-    keys = draw(st.sampled_from((frames, frames, 1, 5, 18)))
-    batch, heads = draw(st.integers(1, 3)), draw(st.sampled_from((1, 2, 5)))
-    positions = draw(st.sampled_from((1, 3, 9, 16, 21, 33)))
-    dim = draw(st.sampled_from((8, 13, 16, 32, 40, 64, 80, 160)))
-    if batch * heads * positions * dim * max(frames, keys) > 150_000:
-        batch, heads = 1, min(heads, 2)
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    gradients = draw(st.booleans())
-
-    def normal(shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    def big(length: int) -> torch.Tensor:
-        layout = draw(st.sampled_from(LAYOUTS))
-        return layout((batch, length, positions, heads, dim), normal).requires_grad_(gradients)
-
-    options: dict[str, Any] = {"is_causal": draw(st.booleans()), "scale": draw(st.sampled_from((None, 0.3, 1.0)))}
-    if draw(st.booleans()):
-        bias = torch.randn(heads, frames, keys, generator=generator)
-        wide = draw(st.booleans())
-        options["attn_bias"] = (bias if wide else bias.to(dtype)).requires_grad_(gradients and draw(st.booleans()))
-    mask_shape = draw(st.sampled_from((None, (batch, keys), (batch, frames, keys))))
-    if mask_shape is not None:
-        options["attn_mask"] = torch.rand(mask_shape, generator=generator) > draw(st.sampled_from((0.2, 0.8)))
-    if draw(st.booleans()):
-        options["k_offset"] = draw(st.sampled_from((0, 3)))
-        pairs = draw(st.integers(0, dim // 2))
-        options["rotary"] = rotary_tables(max(frames, keys + options["k_offset"]) + draw(st.integers(0, 2)), pairs)
-        options["rotary_style"] = draw(st.sampled_from(("interleaved", "half")))
-    return (big(frames), big(keys), big(keys)), options, dtype
+from tests.ops.drawn_temporal_attention import calls
+from tests.ops.temporal_attention_inputs import LAYOUTS, NARROW, Shape, channels_first, frames_first, rotary_tables
 
 
 @settings(max_examples=360)
@@ -269,19 +189,20 @@ def test_more_sequences_than_a_grid_dimension_holds() -> None:
 # ---- torch's machinery -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
 @pytest.mark.no_poison
 @pytest.mark.parametrize("layout", LAYOUTS[:5], ids=lambda f: f.__name__)
-def test_opcheck(layout: Any) -> None:
+def test_opcheck(layout: Any, impl: str) -> None:
     q, k, v = (layout((2, 4, 5, 2, 8), torch.randn).requires_grad_() for _ in range(3))
     cos, sin = rotary_tables(6, 3)
     bias = torch.randn(2, 4, 4, requires_grad=True)
     mask = torch.ones(2, 4, 4, dtype=torch.bool).tril()
     op = torch.ops.fastvdiff.temporal_attention.default
-    torch.library.opcheck(op, (q, k, v, None, None, None, None, True, 0, 0.35, False))
-    torch.library.opcheck(op, (q, k, v, bias, mask, cos, sin, False, 2, 0.35, True))
+    torch.library.opcheck(op, (q, k, v, None, None, None, None, True, 0, 0.35, False, impl))
+    torch.library.opcheck(op, (q, k, v, bias, mask, cos, sin, False, 2, 0.35, True, impl))
     backward = torch.ops.fastvdiff.temporal_attention_backward.default
     grad = torch.randn(q.shape)
-    inputs = (grad, *(t.detach() for t in (q, k, v, bias)), mask, cos, sin, False, 2, 0.35, True, True)
+    inputs = (grad, *(t.detach() for t in (q, k, v, bias)), mask, cos, sin, False, 2, 0.35, True, True, impl)
     torch.library.opcheck(backward, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -352,7 +273,7 @@ def test_second_derivatives_and_vmap_name_the_reference() -> None:
         (frames_first, (1, 256, 32, 1, 80), torch.float16, None),
         (channels_first, (1, 256, 32, 1, 80), torch.float32, None),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_stands_aside_where_it_is_slower(layout: Any, shape: Shape, dtype: torch.dtype, reason: str | None) -> None:
     q = layout(shape, lambda sizes: torch.empty(sizes, dtype=dtype))
@@ -396,7 +317,12 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("a float offset", {"k_offset": 1.0}, ValueError, "k_offset: expected an int from 0 upward, got 1.0"),
     ("a scale in words", {"scale": "big"}, TypeError, "scale: expected a float or None, got 'big'"),
     ("a negative scale", {"scale": -0.5}, ValueError, "scale: expected a finite float from 0 upward, got -0.5"),
-    ("an unknown implementation", {"impl": "fast"}, ValueError, "impl: expected one of 'cpu', 'reference', got 'fast'"),
+    (
+        "an unknown implementation",
+        {"impl": "fast"},
+        ValueError,
+        "impl: expected one of 'cpu', 'triton', 'reference', got 'fast'",
+    ),
 ]
 
 

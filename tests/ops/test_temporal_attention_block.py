@@ -15,81 +15,9 @@ from torch._dynamo.testing import CompileCounter
 from fastvdiff import dispatch, native
 from fastvdiff.ops import temporal_attention_block as block
 from tests.closeness import hold
-
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed")
-WEIGHTS = ("q_weight", "k_weight", "v_weight", "out_weight")
-
-
-def in_layout(layout: str, *shape: int, generator: torch.Generator | None = None) -> torch.Tensor:
-    """A normal (B, C, T, H, W) tensor with the strides that `layout` names."""
-    batch, channels, frames, height, width = shape
-
-    def normal(*sizes: int) -> torch.Tensor:
-        return torch.randn(sizes, generator=generator)
-
-    if layout == "contiguous":
-        return normal(*shape)
-    if layout == "channels_last":
-        return normal(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
-    if layout == "sliced":
-        return normal(batch, channels + 3, frames, height, width + 2)[:, 2:-1, :, :, 1:-1]
-    return normal(height, channels, batch, width, frames).permute(2, 1, 4, 0, 3)
-
-
-def parameters(
-    channels: int, heads: int, dim: int, frames: int, dtype: torch.dtype = torch.float32, *,
-    gradients: bool = True, generator: torch.Generator | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Every parameter of the op by name, at sizes that keep scores near 1."""
-    inner = heads * dim
-    shapes = dict.fromkeys(WEIGHTS[:3], (inner, channels)) | {"out_weight": (channels, inner)}
-    shapes |= dict.fromkeys(("q_bias", "k_bias", "v_bias"), (inner,))
-    shapes |= dict.fromkeys(("out_bias", "norm_weight", "norm_bias"), (channels,))
-    shapes |= {"frame_embedding": (frames, channels), "attn_bias": (heads, frames, frames)}
-    found = {}
-    for name, shape in shapes.items():
-        value = torch.randn(shape, generator=generator)
-        value = value / math.sqrt(shape[1]) if name in WEIGHTS else value
-        found[name] = value.to(dtype).requires_grad_(gradients)
-    return found
-
-
-def rotary_tables(rows: int, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    angles = torch.arange(rows)[:, None] * 100.0 ** (-torch.arange(pairs) / max(pairs, 1))
-    return angles.cos(), angles.sin()
-
-
-@st.composite
-def calls(draw: st.DrawFn) -> tuple[torch.Tensor, dict[str, Any], torch.dtype]:
-    """x, options and dtype of a call: sizes, layouts and features in any combination."""
-    dtype, frames = draw(st.sampled_from(NARROW)), draw(st.sampled_from((1, 2, 7, 16, 25)))
-    heads, dim = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from((4, 7, 16, 20)))
-    channels = draw(st.sampled_from((3, 8, 17, 40)))
-    batch, height = draw(st.integers(1, 2)), draw(st.sampled_from((1, 3, 4)))
-    width = draw(st.sampled_from((1, 4, 7, 9)))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    gradients = draw(st.sampled_from((True, True, False)))
-    x = in_layout(draw(st.sampled_from(LAYOUTS)), batch, channels, frames, height, width, generator=generator)
-    x = x.to(dtype).requires_grad_(gradients)
-    wide = torch.float32 if draw(st.booleans()) else dtype
-    options = parameters(channels, heads, dim, frames, wide, gradients=gradients, generator=generator)
-    norm = draw(st.sampled_from(("layer_norm", "layer_norm", "rms_norm", None)))
-    for name in [name for name in options if name not in WEIGHTS]:
-        refused = (norm is None and name.startswith("norm_")) or (norm == "rms_norm" and name == "norm_bias")
-        if refused or draw(st.booleans()):
-            del options[name]
-    options |= {
-        "heads": heads, "norm": norm, "eps": draw(st.sampled_from((1e-5, 1e-2))),
-        "is_causal": draw(st.booleans()), "residual": draw(st.booleans()), "scale": draw(st.sampled_from((None, 0.3))),
-    }  # fmt: skip
-    mask_shape = draw(st.sampled_from((None, (batch, frames), (batch, frames, frames))))
-    if mask_shape is not None:
-        options["attn_mask"] = torch.rand(mask_shape, generator=generator) > draw(st.sampled_from((0.2, 0.8)))
-    if draw(st.booleans()):
-        options["rotary"] = rotary_tables(frames + draw(st.integers(0, 2)), draw(st.integers(1, dim // 2)))
-        options["rotary_style"] = draw(st.sampled_from(("interleaved", "half")))
-    return x, options, dtype
+from tests.ops.drawn_temporal_attention_block import calls
+from tests.ops.temporal_attention_block_inputs import LAYOUTS, WEIGHTS, in_layout, parameters
+from tests.ops.temporal_attention_inputs import NARROW, rotary_tables
 
 
 @settings(max_examples=330)
@@ -223,16 +151,17 @@ def test_saves_nothing_larger_than_x() -> None:
 # ---- registration, compile, autocast ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
 @pytest.mark.no_poison
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck(layout: str) -> None:
+def test_opcheck(layout: str, impl: str) -> None:
     x, p = in_layout(layout, 2, 8, 4, 3, 5).requires_grad_(), parameters(8, 2, 4, 4)
     order = ("q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias", "out_weight", "out_bias",
              "norm_weight", "norm_bias", "frame_embedding", "attn_bias")  # fmt: skip
     mask, (cos, sin) = torch.ones(2, 4, 4, dtype=torch.bool).tril(), rotary_tables(5, 2)
-    full = [x, *(p[name] for name in order), 2, "layer_norm", 1e-5, mask, cos, sin, "half", 0.5, True, True]
+    full = [x, *(p[name] for name in order), 2, "layer_norm", 1e-5, mask, cos, sin, "half", 0.5, True, True, impl]
     bare = [x, *(p[name] if name in WEIGHTS else None for name in order), 2, None, 0.0, None, None, None,
-            "interleaved", 0.5, False, False]  # fmt: skip
+            "interleaved", 0.5, False, False, impl]  # fmt: skip
     op, backward = (getattr(torch.ops.fastvdiff, f"temporal_attention_block{s}").default for s in ("", "_backward"))
     for inputs in (full, bare):
         torch.library.opcheck(op, inputs)
@@ -310,7 +239,7 @@ def test_second_derivatives_and_vmap_name_the_reference() -> None:
 def test_stands_aside_where_it_is_slower(
     shape: tuple[int, ...], dtype: torch.dtype, gradient: bool, reason: str | None
 ) -> None:
-    kernel, _ = dispatch.ops()["temporal_attention_block"]
+    kernel = dispatch.ops()["temporal_attention_block"][0]
     assert kernel.slower(dispatch.facts_of(torch.empty(shape, dtype=dtype), gradient)) == reason
 
 
@@ -369,7 +298,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("rotary_style", {"rotary_style": "neox"}, ValueError, "rotary_style: expected 'interleaved' or 'half'"),
     ("scale text", {"scale": "1"}, TypeError, "scale: expected a float or None, got '1' (str)"),
     ("scale negative", {"scale": -1.0}, ValueError, "scale: expected a finite float from 0 upward, got -1.0 (float)"),
-    ("impl", {"impl": "fast"}, ValueError, "impl: expected one of 'cpu', 'reference', got 'fast'"),
+    ("impl", {"impl": "fast"}, ValueError, "impl: expected one of 'cpu', 'triton', 'reference', got 'fast'"),
 ]  # fmt: skip
 
 

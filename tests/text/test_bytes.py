@@ -1,5 +1,6 @@
 """The byte-level text encoder: what reaches the model, and what survives a round trip."""
 
+import dataclasses
 import json
 import warnings
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastvdiff.text import ByteTextEncoder, ByteTextEncoderConfig, TextEncoder
-from fastvdiff.text.bytes import BEGIN, END, PAD
+from fastvdiff.text.bytes import BEGIN, END, PAD, VOCABULARY, ngram_numbers
 
 SMALL = ByteTextEncoderConfig(width=32, depth=2, heads=4, max_length=32)
 
@@ -137,6 +138,8 @@ def test_save_and_load(tmp_path, encoder, monkeypatch):
         "max_length": 32,
         "mlp_ratio": 4,
         "lowercase": True,
+        "ngrams": [],
+        "ngram_buckets": 1021,
     }
     assert (tmp_path / "model.safetensors").is_file()
     loaded = ByteTextEncoder.from_pretrained(tmp_path)
@@ -196,8 +199,41 @@ def test_drop_must_fit(encoder):
         ({"max_length": 2}, "max_length: expected an integer >= 3, got 2"),
         ({"depth": -1}, "depth: expected an integer >= 0, got -1"),
         ({"width": 12.0}, "width: expected an integer >= 1, got 12.0"),
+        ({"ngrams": (1,)}, r"ngrams: expected different integers from 2 to 7, got \(1,\)"),
+        ({"ngrams": (3, 3)}, r"ngrams: expected different integers from 2 to 7, got \(3, 3\)"),
+        ({"ngrams": (3, 8)}, "ngrams: expected different integers from 2 to 7"),
+        ({"ngrams": (3,), "ngram_buckets": 0}, "ngram_buckets: expected an integer >= 1, got 0"),
     ],
 )
 def test_bad_config(options, message):
     with pytest.raises(ValueError, match=message):
         ByteTextEncoderConfig(**options)
+
+
+@pytest.mark.parametrize("length", [2, 3, 7])
+def test_ngram_numbers_are_those_of_python(length):
+    ids, _ = ByteTextEncoder(SMALL).encode(["a red circle", "é\x7f"])
+    for row, numbers in zip(ids.tolist(), ngram_numbers(ids, length).tolist(), strict=True):
+        padded = [PAD] * (length - 1) + row
+        for end, number in enumerate(numbers):
+            gram = padded[end : end + length]
+            assert number == sum(VOCABULARY ** (length - 1 - k) * each for k, each in enumerate(gram))
+
+
+def test_ngrams_tell_words_apart_before_training(tmp_path):
+    prompts = ["a red circle moving right", "a red square moving right", "a red circle moving left"]
+
+    def cosine(config):
+        torch.manual_seed(0)
+        hidden, mask = ByteTextEncoder(config)(prompts)
+        pooled = hidden.sum(1) / mask.sum(1, keepdim=True)
+        return torch.nn.functional.cosine_similarity(pooled[1:], pooled[:1])
+
+    plain = ByteTextEncoderConfig(width=128, depth=1)
+    with_ngrams = dataclasses.replace(plain, ngrams=(3, 4))
+    assert (cosine(with_ngrams) < cosine(plain) - 0.05).all()
+    encoder = ByteTextEncoder(with_ngrams)
+    encoder.save_pretrained(tmp_path)
+    again = ByteTextEncoder.from_pretrained(tmp_path)
+    assert again.config == with_ngrams
+    assert torch.equal(again(prompts)[0], encoder(prompts)[0])

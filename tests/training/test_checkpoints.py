@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastvdiff import sealed
 from fastvdiff.training import CheckpointError, checkpoints
 
 STATE = {"config": {}, "data": "", "dataset": {}, "fps": 8.0}
@@ -71,7 +73,9 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
         checkpoints.load(folder)
 
 
-@pytest.mark.parametrize("moment", ["save_file", "verify_seal"])
+@pytest.mark.parametrize(
+    "moment", ["checkpoints.save_file", "sealed._sync", "sealed._seal", "sealed.verify_seal", "sealed._take_place"]
+)
 def test_failed_save_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     for step in (1, 2):
         save(tmp_path, step)
@@ -79,14 +83,69 @@ def test_failed_save_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, moment, full)
+    module, _, name = moment.partition(".")
+    monkeypatch.setattr({"checkpoints": checkpoints, "sealed": sealed}[module], name, full)
     with pytest.raises(
         CheckpointError, match=r"could not be written, earlier checkpoints are untouched: .*No space left"
     ):
         save(tmp_path, 3)
     monkeypatch.undo()
+    assert names(tmp_path) == ["checkpoint-00000001", "checkpoint-00000002"]
     for step in (1, 2):
         checkpoints.load(tmp_path / f"checkpoint-{step:08d}")
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the disk's end: the writer itself fails, inside safetensors."""
+    save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written, earlier checkpoints are untouched"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == ["checkpoint-00000001"]
+    checkpoints.load(tmp_path / "checkpoint-00000001")
+
+
+def test_what_reads_back_differently_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that loses a bit between the hash and the reading back: neither this step's earlier save nor another."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    expected = checkpoints.load(tmp_path / "checkpoint-00000002")
+    seal = sealed._seal
+
+    def seal_and_lose_a_bit(folder: Path) -> None:
+        seal(folder)
+        data = bytearray((folder / "unet.safetensors").read_bytes())
+        data[-1] ^= 1
+        (folder / "unet.safetensors").write_bytes(data)
+
+    monkeypatch.setattr(sealed, "_seal", seal_and_lose_a_bit)
+    for step in (2, 3):
+        with pytest.raises(CheckpointError, match=r"could not be written, .*unet\.safetensors: damaged"):
+            save(tmp_path, step, keep=1)
+    assert names(tmp_path) == ["checkpoint-00000001", "checkpoint-00000002"]
+    there = checkpoints.load(tmp_path / "checkpoint-00000002")
+    assert torch.equal(there.tensors["unet"]["w"], expected.tensors["unet"]["w"])
+
+
+def test_killed_removal_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1, keep=1)
+
+    def killed(folder: Path, **_: object) -> None:
+        if ".gone-" in folder.name:
+            (folder / "unet.safetensors").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    assert checkpoints.found(tmp_path) == [tmp_path / "checkpoint-00000002"]
+    checkpoints.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["checkpoint-00000002"]
 
 
 def test_killed_save_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

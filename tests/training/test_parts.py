@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from fastvdiff.training import CheckpointError, random_states
+from fastvdiff.training.claim import claimed
 from fastvdiff.training.config import DiffusionConfig, OptimizerConfig
 from fastvdiff.training.interruption import Interruption
 from fastvdiff.training.log import Meter, MetricsLog
+from fastvdiff.training.muon import orthogonalized
 from fastvdiff.training.objective import Objective, stream_seed
-from fastvdiff.training.optimizer import NamedAdamW, learning_rate
+from fastvdiff.training.optimizer import NamedOptimizer, learning_rate
 from fastvdiff.training.weights import load_weights, weights_of
 
 CPU = torch.device("cpu")
@@ -89,7 +96,7 @@ def linear() -> nn.Linear:
 def test_only_matrices_decay() -> None:
     layer = linear()
     config = OptimizerConfig(lr=0.1, weight_decay=0.5)
-    optimizer = NamedAdamW(dict(layer.named_parameters()), config)
+    optimizer = NamedOptimizer(dict(layer.named_parameters()), config)
     before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
     for parameter in layer.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -99,26 +106,64 @@ def test_only_matrices_decay() -> None:
     assert layer.weight.grad is None
 
 
-def test_optimizer_state_round_trips() -> None:
-    def steps(layer: nn.Linear, optimizer: NamedAdamW, count: int) -> None:
+def test_the_text_encoder_has_its_own_share_of_the_rate() -> None:
+    layers = {"unet": linear(), "text_encoder": linear()}
+    named = {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters()}
+    optimizer = NamedOptimizer(named, OptimizerConfig(weight_decay=0.0, text_lr_share=0.25))
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(0.1)  # Adam's first step is the rate itself
+    for name, parameter in named.items():
+        expected = before[name] - (0.025 if name.startswith("text_encoder.") else 0.1)
+        torch.testing.assert_close(parameter.detach(), expected)
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (16, 16)])
+def test_muon_makes_the_singular_values_alike(shape: tuple[int, int]) -> None:
+    rows, columns = (torch.linalg.qr(torch.randn(size, min(shape)))[0] for size in shape)
+    values = torch.linalg.svdvals(orthogonalized(rows * torch.logspace(-1.5, 0, min(shape)) @ columns.T))
+    assert 0.5 < values.min() < values.max() < 1.3
+    assert torch.equal(orthogonalized(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_muon_takes_the_matrices_of_the_network_alone() -> None:
+    layers = {"unet": nn.Conv2d(3, 4, 3), "text_encoder": linear()}
+    named = {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters()}
+    optimizer = NamedOptimizer(named, OptimizerConfig(matrices="muon", weight_decay=0.0))
+    before = named["unet.weight"].detach().clone()
+    for parameter in named.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step(0.1)
+    keys = {tuple(entry.rsplit("/", 1)) for entry in optimizer.state_tensors()}
+    assert {name for name, key in keys if key == "momentum"} == {"unet.weight"}
+    assert {name for name, key in keys if key == "exp_avg"} == set(named) - {"unet.weight"}
+    rms = (named["unet.weight"].detach() - before).square().mean().sqrt()
+    assert 0.1 * 0.2 * 0.7 < rms < 0.1 * 0.2 * 1.2
+
+
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+def test_optimizer_state_round_trips(matrices: str) -> None:
+    def steps(layer: nn.Linear, optimizer: NamedOptimizer, count: int) -> None:
         for step in range(count):
             layer(torch.full((1, 3), 1.0 + step)).square().sum().backward()
             optimizer.step(0.01)
 
     layer, other = linear(), linear()
-    first = NamedAdamW(dict(layer.named_parameters()), OptimizerConfig())
+    config = OptimizerConfig(matrices=matrices)
+    first = NamedOptimizer({f"unet.{key}": p for key, p in layer.named_parameters()}, config)
     assert first.state_tensors() == {}
     steps(layer, first, 3)
     other.load_state_dict(layer.state_dict())
-    second = NamedAdamW(dict(other.named_parameters()), OptimizerConfig())
+    second = NamedOptimizer({f"unet.{key}": p for key, p in other.named_parameters()}, config)
     second.load_state_tensors({name: tensor.clone() for name, tensor in first.state_tensors().items()})
     steps(layer, first, 2)
     steps(other, second, 2)
     assert torch.equal(layer.weight, other.weight)
     with pytest.raises(ValueError, match="optimizer state: 'nobody' is not a parameter of this model"):
         second.load_state_tensors({"nobody/exp_avg": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"weight/exp_avg: expected shape \(2, 3\), got \(4,\)"):
-        second.load_state_tensors({"weight/exp_avg": torch.zeros(4)})
+    with pytest.raises(ValueError, match=r"weight/momentum: expected shape \(2, 3\), got \(4,\)"):
+        second.load_state_tensors({"unet.weight/momentum": torch.zeros(4)})
 
 
 class Shared(nn.Module):
@@ -160,7 +205,7 @@ def test_log_agrees_with_the_step_resumed_from(tmp_path: Path) -> None:
 
 def test_meter_means_and_pauses() -> None:
     meter = Meter(CPU)
-    assert meter.peek() == {"loss": 0.0, "grad_norm": 0.0}
+    assert meter.peek() == {"loss": None, "grad_norm": None}
     for value in (1.0, 3.0):
         meter.add(torch.tensor(value), torch.tensor(10 * value))
     with meter.paused():
@@ -169,9 +214,56 @@ def test_meter_means_and_pauses() -> None:
     assert (values["loss"], values["grad_norm"], values["lr"]) == (2.0, 20.0, 0.5)
     assert values["steps_per_s"] > 0
     assert values["peak_memory_mib"] > 10
-    assert meter.peek()["loss"] == 0.0
+    assert meter.peek()["loss"] is None
     meter.add(torch.tensor(math.nan), torch.tensor(1.0))
     assert math.isnan(meter.peek()["loss"])
+
+
+def test_meter_leaves_out_what_the_scaler_skipped() -> None:
+    meter = Meter(CPU, clips_per_step=8, skips=True)
+    for norm in (1.0, math.inf, 3.0, math.nan):
+        meter.add(torch.tensor(norm), torch.tensor(norm))
+    values = meter.read(0.5)
+    assert (values["loss"], values["grad_norm"], values["skipped_steps"]) == (2.0, 2.0, 2)
+    assert values["clips_per_s"] == pytest.approx(8 * values["steps_per_s"])
+    meter.add(torch.tensor(math.inf), torch.tensor(math.inf))
+    assert meter.peek() == {"loss": None, "grad_norm": None, "skipped_steps": 1}
+
+
+def test_random_states_round_trip() -> None:
+    def draws() -> tuple[float, ...]:
+        return (random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item())
+
+    draws()  # an odd number of normal draws: the other half of a pair is part of the state
+    tensors, values = random_states.capture()
+    before = draws()
+    assert draws() != before
+    random_states.restore({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(values)))
+    assert draws() == before
+    with pytest.raises(KeyError):
+        random_states.restore({}, values)
+
+
+def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    with claimed(tmp_path / "run"):
+        pass
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout.read(1) == b"1"
+    with (
+        pytest.raises(CheckpointError, match="run: another process is training in this folder"),
+        claimed(tmp_path / "run"),
+    ):
+        pass
+    other.kill()
+    other.communicate()
+    with claimed(tmp_path / "run"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file: cannot be written: "), claimed(tmp_path / "file"):
+        pass
 
 
 def test_the_second_ctrl_c_ends_at_once() -> None:

@@ -45,8 +45,9 @@ def test_resolved_config_round_trips(tmp_path: Path) -> None:
     assert TrainConfig.load(tmp_path / "resolved.toml") == config
 
 
-def test_packaged_config_is_valid() -> None:
-    config = TrainConfig.load(ASSETS / "tiny.toml")
+@pytest.mark.parametrize("name", ["tiny", "shapes"])
+def test_packaged_config_is_valid(name: str) -> None:
+    config = TrainConfig.load(ASSETS / f"{name}.toml")
     assert config.model.preset == "tiny"
     assert (config.data.num_frames, config.data.height, config.data.width) == (16, 32, 32)
 
@@ -79,6 +80,12 @@ REFUSED = [
 def test_wrong_values_are_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         load(tmp_path, MINIMAL + text)
+
+
+def test_muon_does_not_take_a_scaled_loss(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL, "optimizer.matrices=muon", "run.precision=bf16").optimizer.matrices == "muon"
+    with pytest.raises(ConfigError, match=r"run\.precision: expected fp32 or bf16 with optimizer\.matrices = 'muon'"):
+        load(tmp_path, MINIMAL, "optimizer.matrices=muon", "run.precision=fp16")
 
 
 @pytest.mark.parametrize(

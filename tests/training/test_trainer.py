@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +57,7 @@ VARIANTS = {
     "accumulate": ("run.accumulate=2", "run.batch_size=1"),
     "dropout": ("model.changes.dropout=0.3", "data.random_flip=true"),
     "bf16": ("run.precision=bf16",),
+    "fp16": ("run.precision=fp16",),
     "min_snr": ("diffusion.snr_gamma=5", "diffusion.prediction_type=epsilon", "diffusion.noise=mixed"),
     "worker": ("data.workers=1", "diffusion.prediction_type=sample"),
 }
@@ -122,13 +125,36 @@ def test_folder_log_and_checkpoints(tmp_path: Path, clips: Path) -> None:
     assert [path.name for path in store.found(trainer.folder)] == ["checkpoint-00000005"]
     assert type(config).load(trainer.folder / "config.toml") == config
     assert [record["step"] for record in records(trainer)] == [2, 4, 5]
-    assert set(records(trainer)[0]) == {"step", "loss", "grad_norm", "lr", "steps_per_s", "peak_memory_mib"}
+    known = {"step", "loss", "grad_norm", "lr", "steps_per_s", "clips_per_s", "peak_memory_mib"}
+    assert set(records(trainer)[0]) == known
+    assert records(trainer)[0]["clips_per_s"] == pytest.approx(2 * records(trainer)[0]["steps_per_s"])
     assert trainer.fps == pytest.approx(8)
 
     average = load_average(trainer.folder)
     assert (average.step, average.config, average.dataset["kind"]) == (5, config, "shapes")
     assert_bitwise(average.unet.state_dict(), trainer.averaged().unet.state_dict())
     assert_bitwise(average.text_encoder.state_dict(), trainer.averaged().text_encoder.state_dict())
+
+
+def test_random_states_and_positions_are_saved(tmp_path: Path, clips: Path) -> None:
+    """What a callback draws from the process's own generators goes on after a stop as without one."""
+    drawn: list[tuple[float, float, float]] = []
+
+    def draw(_: AveragedModel) -> None:
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+
+    config = small_config(tmp_path, clips, "run", "output.sample_every=1", "run.steps=6", "output.keep=3")
+    assert Trainer(config, on_samples=draw).fit()
+    whole, drawn = drawn, []
+    again = Trainer(config, on_samples=draw)
+    folder = again.resume("checkpoint-00000004")
+    assert again.fit()
+    assert drawn == whole[4:]
+    state = store.load(folder).state
+    assert state["position"] == {"epoch": 0, "batch": 4}
+    assert state["lr"] == pytest.approx(again._next_lr(4))
+    assert len(state["config_hash"]) == len(state["data"]) == 64
+    assert state["data_bytes"] == sum(clip.path.stat().st_size for clip in again.dataset.clips)
 
 
 def test_average_lags_behind(tmp_path: Path, clips: Path) -> None:

@@ -121,6 +121,10 @@ class Scheduler(Configurable):
         """For every training timestep, a at the timestep that follows it in the run; NaN where none does."""
         raise NotImplementedError
 
+    def adds_noise(self, timestep: int, **options: Any) -> bool:
+        """Whether `step` at this timestep takes noise, for options of `step` that decide it (DDIM: eta)."""
+        raise NotImplementedError
+
     def _tables_on(self, device: torch.device) -> torch.Tensor:
         """(a_t, a at the next timestep) over the training timesteps: float32 (2, num_train_timesteps)."""
         if device not in self._device_tables:

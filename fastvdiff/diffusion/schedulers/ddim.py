@@ -62,6 +62,10 @@ class DDIMScheduler(Scheduler):
         final = 1.0 if self.config.set_alpha_to_one else alphas[0]
         return [final] * stride + alphas[:-stride]
 
+    def adds_noise(self, timestep: int, eta: float = 0.0) -> bool:
+        """Whether `step` takes noise: at every timestep if eta > 0."""
+        return eta > 0
+
     def step(
         self,
         model_output: torch.Tensor,

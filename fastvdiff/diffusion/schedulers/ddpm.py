@@ -96,6 +96,10 @@ class DDPMScheduler(Scheduler):
         previous[timesteps[-1]] = 1.0
         return previous
 
+    def adds_noise(self, timestep: int) -> bool:
+        """Whether `step` takes noise at this host timestep: at all but 0."""
+        return timestep > 0
+
     def step(
         self,
         model_output: torch.Tensor,
@@ -125,7 +129,7 @@ class DDPMScheduler(Scheduler):
                 f"DDPMScheduler.step: noise_seed: expected variance_type 'fixed_small', got {variance_type!r}"
             )
         alpha_t, alpha_prev = self.alphas_at(timestep, sample.device)
-        last = isinstance(alpha_t, float) and int(timestep) == 0
+        last = isinstance(alpha_t, float) and not self.adds_noise(int(timestep))
         noise = variance_noise
         if noise is None and noise_seed is None and not last:
             noise = draw_noise(sample.shape, generator, sample.device, model_output.dtype)

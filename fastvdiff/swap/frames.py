@@ -1,0 +1,50 @@
+"""Frames, videos and tokens: the views between them, and the sums that end a block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvdiff import ops
+
+from .target import plain
+
+
+def as_video(frames: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """(B*T, C, H, W) as a view (B, C, T, H, W)."""
+    return frames.unflatten(0, (-1, num_frames)).transpose(1, 2)
+
+
+def as_frames(video: torch.Tensor) -> torch.Tensor:
+    """(B, C, T, H, W) as (B*T, C, H, W); a view where the strides allow one."""
+    return video.transpose(1, 2).flatten(0, 1)
+
+
+def dense(video: torch.Tensor, as_eager: bool = False) -> torch.Tensor:
+    """`video` in channels_last_3d if it is that already, else contiguous: a norm reads other strides slowly.
+
+    `as_eager`: in the format that torch's own GroupNorm gives, which decides where Dropout puts its random numbers;
+    it keeps channels_last_3d on a CPU only.
+    """
+    keeps = not as_eager or video.device.type == "cpu"
+    if keeps and video.is_contiguous(memory_format=torch.channels_last_3d):
+        return video
+    return video.contiguous()
+
+
+def convolve(conv: nn.Module, x: torch.Tensor, channel_bias: torch.Tensor | None = None) -> torch.Tensor:
+    """conv(x) + channel_bias, (B, C, T) or None: a plain Conv3d through its cheapest view, any other by calling it."""
+    if plain(conv, nn.Conv3d) and conv.padding_mode == "zeros":
+        return ops.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
+                          channel_bias=channel_bias)  # fmt: skip
+    y = conv(x)
+    return y if channel_bias is None else y + channel_bias[..., None, None]
+
+
+def onto(y: torch.Tensor, term: torch.Tensor, owned: Any = True) -> torch.Tensor:
+    """y + term, in y's own memory where nobody else holds it (`owned`) and autograd does not record."""
+    if owned and not torch.is_grad_enabled() and torch.result_type(y, term) == y.dtype:
+        return y.add_(term)
+    return y + term

@@ -1,0 +1,112 @@
+"""What can be swapped: targets found by class name and structure, so that no target library is imported."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvdiff import dispatch
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of module, and the forward that runs in place of its own.
+
+    `classes`: class names that are looked for; a subclass counts as long as it has not overridden `forward`.
+    `what`: what the kernels do for it, for the report.
+    `check(module)`: None where the module's fields are those whose meaning is known; a sentence that says which is
+        not; or UNRELATED, which no report mentions. It sees the module once, when it is swapped.
+    `forward(module, eager, *args, **kwargs)`: the new forward. `eager` is the class's own, unbound: whatever a call
+        brings that is not understood, and whatever no kernel runs, goes to `eager(module, *args, **kwargs)`.
+    `temporal`: its activations are those of a temporal layer, which `swap_kernels(gradient_checkpointing=True)`
+        recomputes in the backward.
+    `covers`: the norms and convolutions right below it are part of what its forward computes, and not reported.
+    """
+
+    classes: tuple[str, ...]
+    what: str
+    check: Callable[[nn.Module], str | None]
+    forward: Callable[..., Any]
+    temporal: bool = False
+    covers: bool = True
+
+
+UNRELATED = ""
+_TARGETS: list[Target] = []
+
+
+def register(*targets: Target) -> None:
+    """Add targets; where several name a class, the first whose `check` has nothing against the module is taken."""
+    _TARGETS.extend(targets)
+
+
+def targets() -> tuple[Target, ...]:
+    """Every target: those of the files in `fastvdiff.swap.targets`, and what has been registered besides."""
+    package = importlib.import_module("fastvdiff.swap.targets")
+    for found in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{found.name}")
+    return tuple(_TARGETS)
+
+
+def class_named(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    """The one of `names` that `module` is an instance of, its `forward` unchanged by a subclass."""
+    cls = type(module)
+    for base in cls.__mro__:
+        if base.__name__ in names and base.__module__.partition(".")[0] != "fastvdiff":
+            return base.__name__ if cls.forward is base.forward else None
+    return None
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether calling `module` is nothing but its class's `forward`: no hook, no forward put on the instance."""
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def unwatched(module: nn.Module) -> bool:
+    """Whether no hook, on `module` or inside it, can have kept what it returned: its memory is the caller's."""
+    return all(untouched(m) for m in module.modules())
+
+
+def plain(module: Any, cls: type) -> bool:
+    """Whether calling `module` is nothing but `cls.forward`, so that its parameters may be used without calling it.
+
+    No hook and no subclass: LoRA and quantised layers and parametrisations are subclasses.
+    """
+    return type(module) is cls and untouched(module)
+
+
+def silu(module: Any) -> bool:
+    """Whether `module` is SiLU, computed out of place."""
+    return plain(module, nn.SiLU)
+
+
+def dropping(module: nn.Module) -> bool:
+    """Whether there is a Dropout in `module` that draws random numbers now."""
+    return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in module.modules())
+
+
+def kernel_runs(op: str, x: torch.Tensor, *parameters: torch.Tensor | None, **options: Any) -> bool:
+    """Whether a native kernel, and not plain PyTorch, would run `op` on `x`: where none does, eager stays."""
+    facts = dispatch.facts_of(x, dispatch.needs_grad(x, *parameters), **options)
+    return dispatch.choose(op, facts, record=False).name != "reference"
+
+
+def kernel_would_run(op: str, like: torch.Tensor, shape: tuple[int, ...], recorded: bool, **options: Any) -> bool:
+    """`kernel_runs` for a contiguous tensor of `shape` that is yet to be computed, on the device of `like`."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    facts = dispatch.Facts(like.device.type, like.dtype, shape, tuple(strides), recorded, options)
+    return dispatch.choose(op, facts, record=False).name != "reference"

@@ -1,0 +1,45 @@
+"""GroupNorm and SiLU where they stand side by side in a Sequential, of any library; Conv3d there too."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvdiff import ops
+from fastvdiff.swap.target import UNRELATED, Target, kernel_runs, plain, register, silu
+
+
+def norm_silu(x: torch.Tensor, norm: nn.GroupNorm, **options: Any) -> torch.Tensor:
+    """SiLU(norm(x)), `norm` being plain."""
+    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
+
+
+def fuses(x: torch.Tensor, norm: Any) -> bool:
+    """Whether `norm`, followed by SiLU, has a kernel on x."""
+    return plain(norm, nn.GroupNorm) and x.dim() <= 5 and kernel_runs("group_norm_silu", x, norm.weight, norm.bias)
+
+
+def _check(module: nn.Module) -> str | None:
+    layers = tuple(module)
+    if any(plain(a, nn.GroupNorm) and silu(b) for a, b in pairwise(layers)):
+        return None
+    return UNRELATED
+
+
+def _forward(module: nn.Sequential, eager: Any, input: torch.Tensor) -> torch.Tensor:
+    layers = tuple(module)
+    x, i = input, 0
+    while i < len(layers):
+        if i + 1 < len(layers) and silu(layers[i + 1]) and fuses(x, layers[i]):
+            x = norm_silu(x, layers[i])
+            i += 2
+        else:
+            x = layers[i](x)
+            i += 1
+    return x
+
+
+register(Target(("Sequential",), "GroupNorm and SiLU in one pass", _check, _forward))

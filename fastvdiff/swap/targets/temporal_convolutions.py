@@ -1,0 +1,95 @@
+"""Convolutions over frames: diffusers' TemporalConvLayer, TemporalResnetBlock and AlphaBlender."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvdiff.swap.frames import as_video, convolve, dense
+from fastvdiff.swap.target import Target, dropping, plain, register, silu, untouched
+
+from .sequences import fuses, norm_silu
+
+_STACK = ("conv1", "conv2", "conv3", "conv4")
+
+
+def _check_layer(layer: nn.Module) -> str | None:
+    for name in _STACK:
+        stack = getattr(layer, name, None)
+        kinds = [type(m) for m in stack] if isinstance(stack, nn.Sequential) else []
+        if kinds not in ([nn.GroupNorm, nn.SiLU, nn.Conv3d], [nn.GroupNorm, nn.SiLU, nn.Dropout, nn.Conv3d]):
+            return f"{name} is not GroupNorm, SiLU, Dropout or none, Conv3d"
+    return None
+
+
+def _layer(layer: nn.Module, eager: Any, hidden_states: torch.Tensor, num_frames: int = 1) -> torch.Tensor:
+    stacks = [getattr(layer, name) for name in _STACK]
+    h = as_video(hidden_states, num_frames)
+    if not (fuses(h, stacks[0][0]) and all(_fusable(s) for s in stacks)):
+        return eager(layer, hidden_states, num_frames)
+    h = dense(h, as_eager=dropping(layer))
+    for stack in stacks:
+        h = norm_silu(h, stack[0])
+        if len(stack) == 4:
+            h = stack[2](h)
+        h = convolve(stack[-1], h)
+    # The sum in the input's layout is the way back to frames as well.
+    return (hidden_states.unflatten(0, (-1, num_frames)) + h.transpose(1, 2)).flatten(0, 1)
+
+
+def _fusable(stack: nn.Sequential) -> bool:
+    return untouched(stack) and plain(stack[0], nn.GroupNorm) and silu(stack[1])
+
+
+def _check_block(block: nn.Module) -> str | None:
+    for name, kind in (("norm1", nn.GroupNorm), ("norm2", nn.GroupNorm), ("conv1", nn.Conv3d), ("conv2", nn.Conv3d)):
+        if not isinstance(getattr(block, name, None), kind):
+            return f"{name} is not a {kind.__name__}"
+    if not silu(block.nonlinearity):
+        return f"its nonlinearity is {type(block.nonlinearity).__name__}, not SiLU"
+    return None
+
+
+def _block(block: nn.Module, eager: Any, input_tensor: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
+    understood = silu(block.nonlinearity) and plain(block.norm2, nn.GroupNorm)
+    if not (understood and fuses(input_tensor, block.norm1)):
+        return eager(block, input_tensor, temb)
+    bias = None
+    if block.time_emb_proj is not None:
+        bias = block.time_emb_proj(block.nonlinearity(temb)).transpose(1, 2)
+    h = norm_silu(dense(input_tensor, as_eager=dropping(block)), block.norm1)
+    h = block.dropout(norm_silu(convolve(block.conv1, h, bias), block.norm2))
+    h = convolve(block.conv2, h)
+    shortcut = input_tensor if block.conv_shortcut is None else convolve(block.conv_shortcut, input_tensor)
+    return shortcut + h
+
+
+def _check_blender(blender: nn.Module) -> str | None:
+    known = ("learned", "fixed", "learned_with_images")
+    if getattr(blender, "merge_strategy", None) not in known or not hasattr(blender, "get_alpha"):
+        return f"merge_strategy is none of {', '.join(known)}"
+    return None
+
+
+def _blend(
+    blender: nn.Module, eager: Any, x_spatial: torch.Tensor, x_temporal: torch.Tensor,
+    image_only_indicator: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    if x_spatial.dtype != x_temporal.dtype:
+        return eager(blender, x_spatial, x_temporal, image_only_indicator)
+    alpha = blender.get_alpha(image_only_indicator, x_spatial.ndim).to(x_spatial.dtype)
+    first, last = (x_temporal, x_spatial)
+    if getattr(blender, "switch_spatial_to_temporal_mix", False):
+        first, last = last, first
+    return torch.lerp(first, last, alpha)
+
+
+register(
+    Target(("TemporalConvLayer",), "GroupNorm and SiLU in one pass, 4 times; convolutions and sums without permuted"
+           " copies", _check_layer, _layer, temporal=True),
+    Target(("TemporalResnetBlock",), "GroupNorm and SiLU in one pass, twice; the time embedding added by the"
+           " convolution", _check_block, _block, temporal=True),
+    Target(("AlphaBlender",), "the mixture in one pass", _check_blender, _blend),
+)  # fmt: skip

@@ -1,0 +1,286 @@
+"""The check of a swap: every replaced module on the inputs it really gets, both ways, forward and backward."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from fastvdiff import accuracy
+
+from . import classes
+from .tables import rendered
+
+_DTYPES = tuple(accuracy.FLOORS)
+# A whole network's error is what every layer below has lost, in one draw: beside eager's worst, not tensor by tensor.
+_WHOLE_RATIO = 4.0
+
+
+@dataclass
+class Measured:
+    """One module, before and after the swap: relative errors against float64, milliseconds and bytes.
+
+    `backward_*` is the largest error of any gradient, inputs and parameters; nan where there is none. Times are medians
+    of one forward, and of one forward and backward. `bytes_*` is the peak of a training step on CUDA; on a CPU, what
+    autograd keeps for the backward.
+    """
+
+    path: str
+    what: str
+    forward_before: float
+    forward_after: float
+    backward_before: float
+    backward_after: float
+    forward_ms: tuple[float, float]
+    training_ms: tuple[float, float]
+    bytes: tuple[int, int]
+    failures: list[str]
+
+
+@dataclass
+class Verification:
+    """What `SwapReport.verify` found; a table when printed."""
+
+    modules: list[Measured]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output and gradient is within the numerics contract."""
+        return not any(m.failures for m in self.modules)
+
+    def __rich__(self) -> Any:
+        """The table, for rich."""
+        from rich.table import Table
+
+        table = Table(title="every replaced module, eager / swapped", title_justify="left")
+        for column in ("module", "class"):
+            table.add_column(column)
+        for column in ("forward error", "gradient error", "forward ms", "training ms", "MB kept"):
+            table.add_column(column, justify="right")
+        table.add_column("accuracy")
+        for m in self.modules:
+            table.add_row(
+                m.path or "(the model)", m.what, f"{m.forward_before:.1e} / {m.forward_after:.1e}",
+                f"{m.backward_before:.1e} / {m.backward_after:.1e}", "{:.2f} / {:.2f}".format(*m.forward_ms),
+                "{:.2f} / {:.2f}".format(*m.training_ms), "{:.2f} / {:.2f}".format(*(b / 1e6 for b in m.bytes)),
+                "; ".join(m.failures) or "passed",
+            )  # fmt: skip
+        return table
+
+    def __str__(self) -> str:
+        return rendered(self)
+
+
+@dataclass
+class _Call:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def verify(
+    model: nn.Module, modules: dict[str, nn.Module], inputs: tuple[Any, ...], kwargs: dict[str, Any], seconds: float,
+    whole: bool = True,
+) -> Verification:  # fmt: skip
+    """Check and time each of `modules`, and the `whole` model, on what they get when the model runs on `inputs`."""
+    parts = {path: module for path, module in modules.items() if path}
+    calls = _captured(model, parts, inputs, kwargs)
+    measured = [_measure(path, parts[path], call, seconds) for path, call in calls.items()]
+    return Verification([*measured, _measure("", model, _Call(inputs, kwargs), seconds)] if whole else measured)
+
+
+def _captured(
+    model: nn.Module, modules: dict[str, nn.Module], inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, _Call]:
+    """The first call of each module when the model runs: detached copies, so that nothing changes them."""
+    calls: dict[str, _Call] = {}
+
+    def recorder(path: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if path not in calls:
+                calls[path] = _Call(*tree_map(_detached, (args, kwargs)))
+
+        return record
+
+    # Eagerly: a swapped block uses the layers inside it without calling them.
+    handles = [m.register_forward_pre_hook(recorder(p), with_kwargs=True) for p, m in modules.items()]
+    try:
+        with classes.eager(model), torch.no_grad():
+            model(*inputs, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _detached(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _twins(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A copy of the module with its own forward, and one with the kernels'; dropout draws nothing in either."""
+    swapped = copy.deepcopy(module)
+    for layer in swapped.modules():
+        if "Dropout" in type(layer).__name__:
+            layer.train(False)
+    eager = copy.deepcopy(swapped)
+    classes.restore_all(eager)
+    return eager, swapped
+
+
+def _measure(path: str, module: nn.Module, call: _Call, seconds: float) -> Measured:
+    eager, swapped = _twins(module)
+    wide = copy.deepcopy(eager).double()
+    exact = _values(wide, _Call(*tree_map(_widened, (call.args, call.kwargs))))
+    before, after = _values(eager, call), _values(swapped, call)
+    dtype = next((t.dtype for t in before.values() if t.dtype in _DTYPES), torch.float32)
+    largest = max((float(t.norm()) for name, t in exact.items() if name.startswith("gradient")), default=0.0)
+    pairs: dict[bool, dict[str, tuple[float, float]]] = {False: {}, True: {}}
+    for name, oracle in exact.items():
+        gradient = name.startswith("gradient")
+        least = accuracy.GRADIENT_SCALE * largest if gradient else 0.0
+        pairs[gradient][name] = tuple(accuracy.relative_error(found[name], oracle, least) for found in (before, after))
+    failures = []
+    for ratio, errors in ((accuracy.FORWARD_RATIO, pairs[False]), (accuracy.GRADIENT_RATIO, pairs[True])):
+        worst = max((e[0] for e in errors.values()), default=0.0)
+        for name, (plain, error) in errors.items():
+            allowed = accuracy.limit(plain, dtype, ratio) if path else accuracy.limit(worst, dtype, _WHOLE_RATIO)
+            if not error <= allowed:  # a NaN fails too
+                failures.append(f"{name}: {error:.1e} > {allowed:.1e}")
+    forward, backward = (
+        tuple(max((e[i] for e in pairs[g].values()), default=math.nan) for i in (0, 1)) for g in (False, True)
+    )
+    runs = [(_forward(m, call), _training(m, call)) for m in (eager, swapped)]
+    return Measured(
+        path, type(module).__name__, *forward, *backward, _race(*(r[0] for r in runs), seconds),
+        _race(*(r[1] for r in runs), seconds), tuple(_kept(r[1]) for r in runs), failures,
+    )  # fmt: skip
+
+
+def _widened(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _leaves(call: _Call) -> tuple[_Call, dict[str, torch.Tensor]]:
+    """The call with every floating tensor a fresh leaf, and those leaves by name."""
+    leaves: dict[str, torch.Tensor] = {}
+
+    def fresh(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.detach()
+        if value.is_floating_point():
+            leaves[f"input {len(leaves)}"] = value.requires_grad_(True)
+        return value
+
+    return _Call(*tree_map(fresh, (call.args, call.kwargs))), leaves
+
+
+def _run(module: nn.Module, call: _Call) -> Any:
+    """One call; frames that a streaming module keeps for its next call are as before."""
+    kept = [
+        (m.__dict__, name, value)
+        for m in module.modules()
+        for name, value in m.__dict__.items()
+        if value is None or isinstance(value, torch.Tensor)
+    ]
+    result = module(*call.args, **call.kwargs)
+    for attributes, name, value in kept:
+        attributes[name] = value
+    return result
+
+
+def _outputs(result: Any) -> list[torch.Tensor]:
+    values = result.values() if isinstance(result, dict) else tree_flatten(result)[0]
+    return [t for t in values if isinstance(t, torch.Tensor)]
+
+
+def _values(module: nn.Module, call: _Call) -> dict[str, torch.Tensor]:
+    """Outputs, with and without a gradient recorded, and gradients of one call, by name."""
+    with torch.no_grad():
+        inference = {f"inference output {i}": y for i, y in enumerate(_outputs(_run(module, call)))}
+    call, leaves = _leaves(call)
+    leaves |= {name: p for name, p in module.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        outputs = _outputs(_run(module, call))
+        named = inference | {f"output {i}": y for i, y in enumerate(outputs)}
+        heads = [y for y in outputs if y.requires_grad]
+        if not heads or not leaves:
+            return named
+        grads = torch.autograd.grad(heads, list(leaves.values()), _cotangents(heads), allow_unused=True)
+    zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(leaves.values(), grads, strict=True))
+    return named | {f"gradient of {name}": g for name, g in zip(leaves, zeros, strict=True)}
+
+
+def _cotangents(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same numbers in every dtype: rounded to bfloat16 first."""
+    draws = (torch.randn(y.shape, generator=torch.Generator().manual_seed(i)) for i, y in enumerate(outputs))
+    return [d.to(torch.bfloat16).to(y.device, y.dtype) for d, y in zip(draws, outputs, strict=True)]
+
+
+def _forward(module: nn.Module, call: _Call) -> Callable[[], Any]:
+    def run() -> None:
+        with torch.no_grad():
+            _run(module, call)
+
+    return run
+
+
+def _training(module: nn.Module, call: _Call) -> Callable[[], Any]:
+    call, leaves = _leaves(call)
+    wanted = [*leaves.values(), *(p for p in module.parameters() if p.requires_grad)]
+
+    def run() -> None:
+        with torch.enable_grad():
+            heads = [y for y in _outputs(_run(module, call)) if y.requires_grad]
+            if heads and wanted:
+                torch.autograd.grad(heads, wanted, [torch.ones_like(y) for y in heads], allow_unused=True)
+
+    return run
+
+
+def _race(before: Callable[[], Any], after: Callable[[], Any], seconds: float) -> tuple[float, float]:
+    """Median milliseconds of both, in turn; nan without time for it."""
+    if not seconds:
+        return math.nan, math.nan
+    times: tuple[list[float], list[float]] = ([], [])
+    for call in (before, after):
+        call()
+    end = time.perf_counter() + seconds
+    while len(times[1]) < 3 or time.perf_counter() < end:
+        for call, taken in zip((before, after), times, strict=True):
+            _synchronise()
+            start = time.perf_counter()
+            call()
+            _synchronise()
+            taken.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _kept(training: Callable[[], Any]) -> int:
+    """Peak bytes of a training step on CUDA; on a CPU, what autograd keeps, parameters and inputs included once."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        training()
+        return torch.cuda.max_memory_allocated()
+    storages: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        training()
+    return sum(storages.values())

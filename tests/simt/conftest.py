@@ -1,0 +1,27 @@
+"""Ops whose CUDA kernels run on CPU tensors under the SIMT shim."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+
+from fastvdiff import dispatch, native
+from tests.simt import group_norm_silu_library
+from tests.simt.host import require_shim
+
+
+@pytest.fixture
+def on_shim(monkeypatch: pytest.MonkeyPatch) -> Iterator[group_norm_silu_library.Library]:
+    """Within the test impl="cuda" takes CPU tensors; the library's attributes choose the build and the order."""
+    require_shim()
+    library = group_norm_silu_library.Library()
+    monkeypatch.setattr(native, "library", lambda: library)
+    monkeypatch.setattr("fastvdiff.native.group_norm_silu_cuda.library", lambda: library)
+    monkeypatch.setattr("fastvdiff.native.group_norm_silu_cuda.multiprocessors", lambda x: library.multiprocessors)
+    monkeypatch.setitem(dispatch._OPS, "group_norm_silu", tuple(
+        dataclasses.replace(impl, supports=lambda facts: None) if impl.name == "cuda" else impl
+        for impl in dispatch._OPS["group_norm_silu"]
+    ))  # fmt: skip
+    return library

@@ -1,0 +1,97 @@
+"""What fastvdiff._C offers for group_norm_silu's CUDA kernels, with the kernels running under the SIMT shim."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from tests.simt.host import load, run
+
+SOURCES = ("csrc/cuda/group_norm_silu.cu", "tests/simt/group_norm_silu_entry.cpp")
+
+
+class Parameter(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("stride_b", "stride_c", "stride_t")],
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class Gradient(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("per_frame", ctypes.c_bool), ("dtype", ctypes.c_int32))
+
+
+class Params(ctypes.Structure):
+    """csrc/include/fastvdiff/group_norm_silu_cuda.h, field by field."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("x", "y", "grad", "dx", "stats", "moments", "workspace")],
+        *[(name, Parameter) for name in ("weight", "bias", "scale", "shift")],
+        *[(name, Gradient) for name in ("dweight", "dbias", "dscale", "dshift")],
+        *[(name, ctypes.c_int64) for name in ("batch", "channels", "positions", "groups", "frames")],
+        *[(f"stride_{name}", ctypes.c_int64) for name in ("xb", "xr", "yb", "yr", "gb", "gr")],
+        ("eps", ctypes.c_float),
+        ("silu", ctypes.c_bool),
+        ("channels_last", ctypes.c_bool),
+        ("dtype", ctypes.c_int32),
+        ("multiprocessors", ctypes.c_int32),
+    )
+
+
+class Library:
+    """Set `build`, `descending` and `multiprocessors` to choose how the kernels run."""
+
+    cuda_architectures = ("80",)
+
+    def __init__(self) -> None:
+        self.build = "ordinary"
+        self.descending = False
+        self.multiprocessors = 2
+
+    def _run(self, entry: str, params: Params) -> None:
+        run(SOURCES, entry, params, build=self.build, descending=self.descending)
+
+    def cuda_group_norm_silu_workspace(self, *call: Any) -> int:
+        *call, backward = call
+        return _workspace(_params(*call), backward, self.build)
+
+    def workspace(self, params: Params) -> int:
+        """Floats that serve a forward and a backward call."""
+        return max(_workspace(params, backward, self.build) for backward in (False, True))
+
+    def cuda_group_norm_silu_forward(self, *arguments: Any) -> None:
+        *call, _stream, x, parameters, moments, workspace, y, stats, eps = arguments
+        params = _with_inputs(_params(*call), x, parameters, moments, workspace)
+        params.y, params.stride_yb, params.stride_yr = y
+        params.stats, params.eps = stats, eps
+        self._run("group_norm_silu_forward", params)
+
+    def cuda_group_norm_silu_backward(self, *arguments: Any) -> None:
+        *call, _stream, x, parameters, moments, workspace, grad, dx, gradients = arguments
+        params = _with_inputs(_params(*call), x, parameters, moments, workspace)
+        params.grad, params.stride_gb, params.stride_gr = grad
+        params.dx, params.stride_yb, params.stride_yr = dx
+        for name, gradient in zip(("dweight", "dbias", "dscale", "dshift"), gradients, strict=True):
+            setattr(params, name, Gradient(*gradient))
+        self._run("group_norm_silu_backward", params)
+
+
+def _workspace(params: Params, backward: bool, build: str) -> int:
+    function = load(SOURCES, build).group_norm_silu_workspace
+    function.restype = ctypes.c_int64
+    return function(ctypes.byref(params), ctypes.c_bool(backward))
+
+
+def _params(sizes: Any, flags: Any, dtype: int, multiprocessors: int) -> Params:
+    named = dict(zip(("batch", "channels", "positions", "groups", "frames"), sizes, strict=True))
+    silu, channels_last = flags
+    return Params(silu=silu, channels_last=channels_last, dtype=dtype, multiprocessors=multiprocessors, **named)
+
+
+def _with_inputs(params: Params, x: Any, parameters: Any, moments: int, workspace: int) -> Params:
+    params.x, params.stride_xb, params.stride_xr = x
+    for name, parameter in zip(("weight", "bias", "scale", "shift"), parameters, strict=True):
+        setattr(params, name, Parameter(*parameter))
+    params.moments, params.workspace = moments, workspace
+    return params

@@ -1,0 +1,59 @@
+"""What conv3d launches, as the launcher says, against tiles counted by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks import conv3d_tiles, traffic
+from benchmarks.limits import DEVICES
+from benchmarks.shapes import SVD
+from fastvdiff.native.conv3d_cuda import Geometry, plans
+
+from .conv3d_library import shim
+
+
+@pytest.fixture(autouse=True)
+def _on_shim() -> Iterator[None]:
+    with shim():
+        yield
+
+
+def test_blocks_and_steps_counted_by_hand() -> None:
+    """320 channels take 5 columns of 64, not 3 of 128; positions are tiled across samples."""
+    found = conv3d_tiles.rows(SVD[0], (1, 3, 3), torch.bfloat16)
+    positions = 2 * 25 * 72 * 128
+    for name in ("forward", "data_gradient"):
+        assert found[name][:3] == (128, 64, 64)
+        assert found[name].blocks == positions // 128 * 5
+        assert found[name].steps == found[name].blocks * 9 * 320 // 64
+    gradient = found["weight_gradient"]
+    assert gradient[:3] == (128, 128, 64)
+    tiles = 3 * -(-9 * 320 // 128)
+    assert gradient.blocks % tiles == 0
+    assert gradient.steps == tiles * positions // 64
+
+
+def test_a_strided_data_gradient_skips_the_taps_that_meet_nothing() -> None:
+    geometry = Geometry((1, 2, 2), (0, 0, 1, 1, 1, 1), (1, 1, 1), (False,) * 3)
+    found = plans(1, 64, 64, (1, 32, 32), (1, 4, 4), geometry, torch.float32)
+    assert found["forward"].blocks == 2
+    assert found["forward"].steps == 2 * 16 * 64 // 32
+    assert found["data_gradient"].blocks == 4 * 2
+    assert found["data_gradient"].steps == 4 * 2 * 4 * 64 // 32  # 4 of the 16 taps in each of the 4 classes
+
+
+def test_occupancy_and_its_table() -> None:
+    work = traffic.conv3d(2, 320, 320, SVD[0].clip[2:], (1, 3, 3))
+    plan = conv3d_tiles.rows(SVD[0], (1, 3, 3), torch.bfloat16)["forward"]
+    found = conv3d_tiles.occupancy(plan, work.flops, conv3d_tiles.MULTIPROCESSORS["h200"])
+    assert found.useful == 1.0
+    assert found.resident == 264
+    assert found.waves == pytest.approx(plan.blocks / 264 / -(-plan.blocks // 264))
+    large = plan._replace(shared_bytes=96 * 1024)
+    assert conv3d_tiles.occupancy(large, work.flops, conv3d_tiles.MULTIPROCESSORS["a100"]).resident == 108
+    lines = conv3d_tiles.table("h200", DEVICES["h200"]).splitlines()
+    assert len(lines) == 2 + 3 * 4 * 14
+    assert "svd-l0 1x3x3" in lines[5]

@@ -1,0 +1,146 @@
+"""What every target is held to: numbers, gradients, training, undo, keys and graph breaks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+import fastvdiff
+from fastvdiff.swap import SwapReport, classes
+from fastvdiff.swap.verification import verify
+from tests.closeness import GRADIENT_SCALE, assert_close, limit, relative_error
+
+Inputs = dict[str, Any]
+
+
+def sample_of(result: Any) -> torch.Tensor:
+    """The tensor of a diffusers output, a tuple or a tensor."""
+    if hasattr(result, "sample"):
+        return result.sample
+    return result[0] if isinstance(result, (tuple, list)) else result
+
+
+def _results(model: nn.Module, inputs: Inputs, wide: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    leaves = {}
+
+    def fresh(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        leaf = (value.detach().double() if wide else value.detach().clone()).requires_grad_(True)
+        leaves[f"input {len(leaves)}"] = leaf
+        return leaf
+
+    torch.manual_seed(11)
+    y = sample_of(model(**tree_map(fresh, inputs)))
+    leaves |= dict(model.named_parameters())
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
+    grads = torch.autograd.grad(y, list(leaves.values()), cotangent, allow_unused=True)
+    return y, {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), grads, strict=True)}
+
+
+def hold(model: nn.Module, inputs: Inputs, dtype: torch.dtype = torch.float32) -> SwapReport:
+    """Swap `model` and hold its output and every gradient to float64 beside eager; undo is bitwise; returns the report.
+
+    Parameters are drawn anew, so that layers which start at zero take part.
+    """
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=p[0].numel() ** -0.5)
+            else:
+                p.normal_(1.0 if name.endswith("weight") else 0.0, 0.2)
+    parameters, keys = list(model.parameters()), list(model.state_dict())
+    eager = _results(model, inputs, wide=False)
+    oracle = _results(copy.deepcopy(model).double(), inputs, wide=True)
+    with torch.no_grad():
+        torch.manual_seed(11)
+        inference = sample_of(model(**inputs)), torch.get_rng_state()
+    report = fastvdiff.swap_kernels(model)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == keys
+    swapped = _results(model, inputs, wide=False)
+    assert_close(swapped[0], oracle[0], eager[0], dtype=dtype)
+    _hold_gradients(swapped[1], oracle[1], eager[1], dtype)
+    for measured in verify(model, _one_of_each(report), (), inputs, 0.0, whole=False).modules:
+        assert not measured.failures, f"{measured.path}: {measured.failures}"
+    with torch.no_grad():
+        torch.manual_seed(11)
+        assert_close(sample_of(model(**inputs)), oracle[0], eager[0], dtype=dtype, what="output without a gradient")
+        assert torch.equal(torch.get_rng_state(), inference[1]), "other random numbers were drawn"
+    report.undo()
+    with torch.no_grad():
+        torch.manual_seed(11)
+        assert torch.equal(sample_of(model(**inputs)), inference[0]), "undo is not bitwise"
+    assert not any(classes.is_swapped(m) for m in model.modules())
+    return report
+
+
+def _hold_gradients(
+    found: dict[str, torch.Tensor], oracle: dict[str, torch.Tensor], eager: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Every gradient of a whole network is as far from float64 as eager's worst, within a factor of 4.
+
+    In a deep network an error is what every layer above has lost, in one draw; a wrong formula shows as 1e-3 and more.
+    The contract itself is held module by module, on the inputs that the network gives each (`verify`).
+    """
+    least = GRADIENT_SCALE * max(float(g.norm()) for g in oracle.values())
+    worst = max(relative_error(eager[name], exact, least) for name, exact in oracle.items())
+    for name, exact in oracle.items():
+        error, allowed = relative_error(found[name], exact, least), limit(worst, dtype, 4.0)
+        assert error <= allowed, f"gradient of {name}: {error:.2e} > {allowed:.2e}"
+
+
+def _one_of_each(report: SwapReport) -> dict[str, nn.Module]:
+    """The first replaced module of every class."""
+    first: dict[str, str] = {}
+    for entry in report.replaced:
+        first.setdefault(entry.what, entry.path)
+    return {path: report.model.get_submodule(path) for path in first.values() if path}
+
+
+def counts(report: SwapReport) -> dict[str, int]:
+    """Class name -> how many of it were replaced."""
+    found: dict[str, int] = {}
+    for entry in report.replaced:
+        found[entry.what] = found.get(entry.what, 0) + 1
+    return found
+
+
+def losses(model: nn.Module, inputs: Inputs, target: torch.Tensor, steps: int = 32, lr: float = 1e-3) -> list[float]:
+    """The losses of `steps` steps of AdamW towards `target`, dropout and all."""
+    torch.manual_seed(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr)
+    model.train()
+    found = []
+    for _ in range(steps):
+        loss = (sample_of(model(**inputs)) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(float(loss.detach()))
+    return found
+
+
+def hold_training(make: Callable[[], nn.Module], inputs: Inputs, target: torch.Tensor, lr: float = 1e-3) -> None:
+    """32 steps with the kernels give eager's losses to 1e-3, and fall."""
+    before = losses(make(), inputs, target, lr=lr)
+    model = make()
+    fastvdiff.swap_kernels(model)
+    after = losses(model, inputs, target, lr=lr)
+    assert after[-1] < 0.98 * after[0]
+    for step, (a, b) in enumerate(zip(after, before, strict=True)):
+        assert abs(a - b) <= 1e-3 * abs(b), f"step {step}: loss {a}, eager's {b}"
+
+
+def graphs_and_breaks(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
+    """How many graphs torch.compile makes of a call, and how many breaks there are between them."""
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(model)(**inputs)
+    torch._dynamo.reset()
+    return explained.graph_count, explained.graph_break_count
