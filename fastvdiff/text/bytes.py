@@ -16,6 +16,7 @@ BYTES = 256
 PAD, BEGIN, END = BYTES, BYTES + 1, BYTES + 2
 VOCABULARY = BYTES + 3
 MAX_NGRAM = 7  # VOCABULARY ** 7 is the largest power that an int64 holds
+LEAST = {"width": 1, "depth": 0, "heads": 1, "max_length": 3, "mlp_ratio": 1, "ngram_buckets": 1}
 LENGTH_MULTIPLE = 8  # padded lengths: few enough for a compiled model to see each of them once
 
 
@@ -38,22 +39,14 @@ class ByteTextEncoderConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ngrams", tuple(self.ngrams))  # JSON has lists only
-        for name, least in (
-            ("width", 1),
-            ("depth", 0),
-            ("heads", 1),
-            ("max_length", 3),
-            ("mlp_ratio", 1),
-            ("ngram_buckets", 1),
-        ):
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"ByteTextEncoderConfig: {name}: expected an integer >= {least}, got {value!r}")
         if self.width % self.heads:
             raise ValueError(f"ByteTextEncoderConfig: heads={self.heads} does not divide width={self.width}")
-        if not all(isinstance(n, int) and 2 <= n <= MAX_NGRAM for n in self.ngrams) or len(set(self.ngrams)) < len(
-            self.ngrams
-        ):
+        in_range = all(isinstance(length, int) and 2 <= length <= MAX_NGRAM for length in self.ngrams)
+        if not in_range or len(set(self.ngrams)) != len(self.ngrams):
             raise ValueError(
                 f"ByteTextEncoderConfig: ngrams: expected different integers from 2 to {MAX_NGRAM}, got {self.ngrams!r}"
             )

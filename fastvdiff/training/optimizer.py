@@ -1,9 +1,9 @@
-"""AdamW over named parameters, its learning rate as a function of the step, and its state as plain tensors."""
+"""AdamW and Muon over named parameters, the learning rate as a function of the step, the state as plain tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,62 +26,56 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 class NamedOptimizer:
-    """torch's fused AdamW over the parameters of named modules, with a state that safetensors can hold.
+    """AdamW or Muon over the parameters of named modules, with a state that safetensors can hold.
 
     parameters: by name; those of the text encoder start with "text_encoder." and get their own share of the rate.
     Matrices and kernels decay; vectors (biases, norms, embeddings of one position) do not. With `config.matrices` the
-    network's matrices and kernels take `Muon` instead.
+    network's matrices and kernels take `Muon`, and torch's fused AdamW the rest.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
         self.parameters = dict(parameters)
-        groups: dict[str, list[dict[str, Any]]] = {"adamw": [], "muon": []}
-        for is_text in (False, True):
-            for decayed in (True, False):
-                members = [
-                    p for name, p in self.parameters.items()
-                    if (p.dim() > 1) == decayed and name.startswith(TEXT_PREFIX) == is_text
-                ]  # fmt: skip
-                if members:
-                    groups[config.matrices if decayed and not is_text else "adamw"].append(
-                        {
-                            "params": members,
-                            "weight_decay": config.weight_decay if decayed else 0.0,
-                            "lr_share": config.text_lr_share if is_text else 1.0,
-                        }
-                    )
-        self.inner: list[torch.optim.Optimizer] = []
-        if groups["adamw"]:
-            self.inner.append(
-                torch.optim.AdamW(groups["adamw"], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            members.setdefault((name.startswith(TEXT_PREFIX), parameter.dim() > 1), []).append(parameter)
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for (is_text, decayed), parameters_alike in members.items():
+            groups.setdefault(config.matrices if decayed and not is_text else "adamw", []).append(
+                {
+                    "params": parameters_alike,
+                    "weight_decay": config.weight_decay if decayed else 0.0,
+                    "lr_share": config.text_lr_share if is_text else 1.0,
+                }
             )
-        if groups["muon"]:
-            self.inner.append(Muon(groups["muon"], lr=config.lr))
+        make: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
+            "adamw": lambda of: torch.optim.AdamW(of, lr=config.lr, betas=config.betas, eps=config.eps, fused=True),
+            "muon": lambda of: Muon(of, lr=config.lr),
+        }
+        self.optimizers = [make[kind](of) for kind, of in groups.items()]
+        self._stepped = self.optimizers[0] if len(self.optimizers) == 1 else _Together(self.optimizers)
 
     def step(self, lr: float, scaler: torch.amp.GradScaler | None = None) -> None:
         """One update at this rate, which `scaler` leaves out where a gradient overflowed; the gradients are dropped."""
-        for optimizer in self.inner:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_share"]
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        if scaler is not None:
+        for group in self._stepped.param_groups:
+            group["lr"] = lr * group["lr_share"]
+        if scaler is None:
+            self._stepped.step()
+        else:
+            scaler.step(self._stepped)
             scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
         """Divide the gradients by the scale of the loss."""
-        for optimizer in self.inner:
-            scaler.unscale_(optimizer)
+        scaler.unscale_(self._stepped)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """The state as `{"<parameter>/<moment>": tensor}`; empty before the first step."""
         return {
             f"{name}/{key}": value
             for name, parameter in self.parameters.items()
-            for optimizer in self.inner
+            for optimizer in self.optimizers
             for key, value in optimizer.state.get(parameter, {}).items()
         }
 
@@ -98,12 +92,25 @@ class NamedOptimizer:
                     f"optimizer state: {entry}: expected shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}"
                 )
             states.setdefault(name, {})[key] = tensor.to(parameter.device)
+        optimizer_of = {
+            parameter: optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
         for name, state in states.items():
             parameter = self.parameters[name]
-            self._optimizer_of(parameter).state[parameter] = state
+            optimizer_of[parameter].state[parameter] = state
 
-    def _optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
-        return next(
-            optimizer for optimizer in self.inner
-            if any(member is parameter for group in optimizer.param_groups for member in group["params"])
-        )  # fmt: skip
+
+class _Together:
+    """Optimizers that step as one: a scaled loss whose gradient overflowed leaves the step out for all of them."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        """A step of each."""
+        for optimizer in self.optimizers:
+            optimizer.step()

@@ -19,8 +19,10 @@ def overflowing_at(trainer: Trainer, *steps: int) -> None:
     bias.register_hook(lambda grad: torch.full_like(grad, torch.inf) if trainer.step in steps else grad)
 
 
-def test_an_overflow_leaves_the_step_out(tmp_path: Path, clips: Path) -> None:
-    config = small_config(tmp_path, clips, "run", "run.precision=fp16", "run.steps=3", "output.log_every=1")
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+def test_an_overflow_leaves_the_step_out(tmp_path: Path, clips: Path, matrices: str) -> None:
+    config = small_config(tmp_path, clips, "run", "run.precision=fp16", "run.steps=3", "output.log_every=1",
+                          f"optimizer.matrices={matrices}")  # fmt: skip
     trainer = Trainer(config)
     before = {name: parameter.detach().clone() for name, parameter in trainer.optimizer.parameters.items()}
     overflowing_at(trainer, 0)

@@ -82,12 +82,6 @@ def test_wrong_values_are_refused_by_name(tmp_path: Path, text: str, message: st
         load(tmp_path, MINIMAL + text)
 
 
-def test_muon_does_not_take_a_scaled_loss(tmp_path: Path) -> None:
-    assert load(tmp_path, MINIMAL, "optimizer.matrices=muon", "run.precision=bf16").optimizer.matrices == "muon"
-    with pytest.raises(ConfigError, match=r"run\.precision: expected fp32 or bf16 with optimizer\.matrices = 'muon'"):
-        load(tmp_path, MINIMAL, "optimizer.matrices=muon", "run.precision=fp16")
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
