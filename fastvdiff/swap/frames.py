@@ -34,13 +34,20 @@ def dense(video: torch.Tensor, as_eager: bool = False) -> torch.Tensor:
     return video.contiguous()
 
 
-def convolve(conv: nn.Module, x: torch.Tensor, channel_bias: torch.Tensor | None = None) -> torch.Tensor:
-    """conv(x) + channel_bias, (B, C, T) or None: a plain Conv3d through its cheapest view, any other by calling it."""
+def convolve(
+    conv: nn.Module, x: torch.Tensor, channel_bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """conv(x) + channel_bias, (B, C, T) or None, + residual, of the result's shape or None.
+
+    A plain Conv3d goes through its cheapest view, any other is called.
+    """
     if plain(conv, nn.Conv3d) and conv.padding_mode == "zeros":
         return ops.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
-                          channel_bias=channel_bias)  # fmt: skip
+                          channel_bias=channel_bias, residual=residual)  # fmt: skip
     y = conv(x)
-    return y if channel_bias is None else y + channel_bias[..., None, None]
+    if channel_bias is not None:
+        y = y + channel_bias[..., None, None]
+    return y if residual is None else y + residual
 
 
 def onto(y: torch.Tensor, term: torch.Tensor, owned: Any = True) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,6 +62,11 @@ def class_named(module: nn.Module, names: tuple[str, ...]) -> str | None:
         if base.__name__ in names and base.__module__.partition(".")[0] != "fastvdiff":
             return base.__name__ if cls.forward is base.forward else None
     return None
+
+
+def takes(module: nn.Module, *names: str) -> bool:
+    """Whether `forward` takes arguments of exactly these names: what tells classes of one common name apart."""
+    return tuple(inspect.signature(type(module).forward).parameters) == ("self", *names)
 
 
 def untouched(module: nn.Module) -> bool:

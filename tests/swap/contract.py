@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
+from io import BytesIO
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 import fastvdiff
 from fastvdiff.swap import SwapReport, classes
+from fastvdiff.swap.report import Entry
 from fastvdiff.swap.verification import verify
 from tests.closeness import GRADIENT_SCALE, assert_close, limit, relative_error
 
@@ -37,7 +40,7 @@ def _results(model: nn.Module, inputs: Inputs, wide: bool) -> tuple[torch.Tensor
 
     torch.manual_seed(11)
     y = sample_of(model(**tree_map(fresh, inputs)))
-    leaves |= dict(model.named_parameters())
+    leaves |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
     grads = torch.autograd.grad(y, list(leaves.values()), cotangent, allow_unused=True)
     return y, {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), grads, strict=True)}
@@ -110,6 +113,33 @@ def counts(report: SwapReport) -> dict[str, int]:
     for entry in report.replaced:
         found[entry.what] = found.get(entry.what, 0) + 1
     return found
+
+
+def refusals(refused: list[Entry]) -> dict[str, int]:
+    """Class name -> how many of it were left alone."""
+    return dict(Counter(entry.what for entry in refused))
+
+
+def hold_round_trip(model: nn.Module, other: nn.Module, inputs: Inputs) -> None:
+    """A swapped state_dict loads into an eager twin, the whole goes through a file, and autocast gives alike."""
+    model.eval()
+    other.eval()
+    fastvdiff.swap_kernels(model)
+    other.load_state_dict(model.state_dict())
+    file = BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert not any(classes.is_swapped(m) for m in loaded.modules())
+    with torch.no_grad():
+        swapped, eager = sample_of(model(**inputs)), sample_of(other(**inputs))
+        assert torch.equal(sample_of(loaded(**inputs)), eager)
+        torch.testing.assert_close(swapped, eager, rtol=1e-4, atol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            swapped_low, eager_low = sample_of(model(**inputs)), sample_of(other(**inputs))
+    assert swapped_low.dtype == eager_low.dtype
+    scale = float(eager.norm())
+    assert float((swapped_low - eager).norm()) <= 2 * float((eager_low - eager).norm()) + 2e-3 * scale
 
 
 def losses(model: nn.Module, inputs: Inputs, target: torch.Tensor, steps: int = 32, lr: float = 1e-3) -> list[float]:

@@ -1,0 +1,146 @@
+"""lucidrains' video U-Nets: doubles of both versions, and the libraries themselves where they are installed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastvdiff
+from tests.swap import contract, doubles_vdm
+
+FRAMES = 5
+
+
+def _inputs(**more: Any) -> contract.Inputs:
+    return {"x": torch.randn(2, 3, FRAMES, 8, 8), "time": torch.tensor([7, 500]), **more}
+
+
+def groups() -> tuple[nn.Module, contract.Inputs]:
+    torch.manual_seed(0)
+    return doubles_vdm.Unet3D(), _inputs()
+
+
+def rms() -> tuple[nn.Module, contract.Inputs]:
+    torch.manual_seed(0)
+    return doubles_vdm.Unet3D(groups=None), _inputs()
+
+
+def focused() -> tuple[nn.Module, contract.Inputs]:
+    return groups()[0], _inputs(focus_present_mask=torch.tensor([False, True]))
+
+
+def all_focused() -> tuple[nn.Module, contract.Inputs]:
+    return groups()[0], _inputs(focus_present_mask=torch.tensor([True, True]))
+
+
+RESNETS, BLOCKS, OVER_FRAMES = 5, 10, 4
+REPLACED = {
+    groups: {"Block": BLOCKS, "ResnetBlock": RESNETS, "Residual": OVER_FRAMES},
+    focused: {"Block": BLOCKS, "ResnetBlock": RESNETS, "Residual": OVER_FRAMES},
+    all_focused: {"Block": BLOCKS, "ResnetBlock": RESNETS, "Residual": OVER_FRAMES},
+    rms: {"ResnetBlock": RESNETS, "Residual": OVER_FRAMES},
+}
+everywhere = pytest.mark.parametrize("make", REPLACED, ids=lambda make: make.__name__)
+
+
+@everywhere
+def test_output_every_gradient_keys_and_undo(make: Any) -> None:
+    model, inputs = make()
+    report = contract.hold(model.eval(), inputs)
+    assert contract.counts(report) == REPLACED[make]
+    assert all(e.why for e in report.refused)
+
+
+def test_what_is_left_alone_has_a_reason() -> None:
+    refused = fastvdiff.swap_kernels(rms()[0]).refused
+    reasons = {e.path: e.why for e in refused}
+    assert "over channels" in reasons["mid_block1.block1"]
+    assert "linear attention" in reasons["downs.0.1"]
+    assert "not over frames" in reasons["mid_spatial_attn"]
+    assert contract.refusals(refused) == {"Block": BLOCKS, "Residual": 3, "Conv3d": 3 + BLOCKS}
+
+
+def test_channels_last_3d() -> None:
+    model, inputs = groups()
+    inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last_3d)
+    contract.hold(model.eval(), inputs)
+
+
+@pytest.mark.parametrize("make", [groups, rms], ids=lambda make: make.__name__)
+def test_training_follows_eager(make: Any) -> None:
+    contract.hold_training(lambda: make()[0], make()[1], torch.randn(2, 3, FRAMES, 8, 8))
+
+
+def test_no_graph_break_is_added() -> None:
+    """Eager looks at the mask's values, and breaks there; the kernels take it as it is."""
+    model, _ = groups()
+    x, bias = torch.randn(2, 16, FRAMES, 4, 4), torch.randn(doubles_vdm.HEADS, FRAMES, FRAMES)
+    attention = {"x": x, "pos_bias": bias, "focus_present_mask": torch.tensor([False, True])}
+    resnet = {"x": x, "time_emb": torch.randn(2, 32)}
+    before = contract.graphs_and_breaks(model.mid_temporal_attn, attention)
+    unbroken = contract.graphs_and_breaks(model.mid_block2, resnet)
+    fastvdiff.swap_kernels(model)
+    assert before[1] > 0
+    assert contract.graphs_and_breaks(model.mid_temporal_attn, attention) == (1, 0)
+    assert contract.graphs_and_breaks(model.mid_block2, resnet) == unbroken == (1, 0)
+
+
+def test_save_load_and_autocast() -> None:
+    model, inputs = groups()
+    contract.hold_round_trip(model, groups()[0], inputs)
+
+
+def test_hooks_and_layers_of_others_are_called() -> None:
+    model, inputs = groups()
+    attn = model.mid_temporal_attn.fn.fn.fn
+
+    class Low(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + x.mean(-1, keepdim=True)
+
+    attn.to_qkv = Low(16, 48, bias=False)
+    contract.hold(model.eval(), inputs)
+    seen: list[str] = []
+    model.init_temporal_attn.fn.norm.register_forward_hook(lambda *a: seen.append("norm"))
+    model.mid_block1.block2.norm.register_forward_hook(lambda *a: seen.append("group norm"))
+    fastvdiff.swap_kernels(model)
+    model(**inputs)
+    assert seen == ["norm", "group norm"]
+
+
+def test_learned_rotary_frequencies_are_refused() -> None:
+    model, _ = groups()
+    model.init_temporal_attn.fn.fn.fn.rotary_emb.freqs.requires_grad_(True)
+    report = fastvdiff.swap_kernels(model)
+    assert "Residual" not in contract.counts(report)
+    assert any("learned" in e.why for e in report.refused)
+
+
+def _library(name: str) -> Any:
+    """The library, with torchvision, which it imports for other things, in place if it is not installed."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    if importlib.util.find_spec("torchvision") is None:
+        vision = types.ModuleType("torchvision")
+        vision.transforms, vision.utils = types.ModuleType("transforms"), types.ModuleType("utils")
+        vision.transforms.ToTensor = vision.transforms.ToPILImage = lambda *args, **kwargs: None
+        sys.modules.setdefault("torchvision", vision)
+    return importlib.import_module(name)
+
+
+def test_video_diffusion_pytorch_itself() -> None:
+    library = _library("video_diffusion_pytorch")
+    torch.manual_seed(0)
+    model = library.Unet3D(dim=16, dim_mults=(1, 2), attn_heads=2, attn_dim_head=16)
+    inputs = _inputs(time=torch.tensor([7.0, 500.0]), focus_present_mask=torch.tensor([False, True]))
+    report = contract.hold(model.eval(), inputs)
+    counts = contract.counts(report)
+    assert counts["Residual"] == 6
+    assert counts["ResnetBlock"] == 11
+    assert counts.get("Block", 0) in (0, 22)
