@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +12,13 @@ import typer
 from rich.table import Table
 
 from fastvdiff import accuracy, dispatch, ops, verified
+from fastvdiff.race import race
 
 from .examples import EXAMPLES, Draw, Example
 from .tables import table_console
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_RACE_SECONDS = 0.6
 _RACED = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
@@ -100,9 +100,9 @@ def _outcome(example: Example, impl: str) -> Outcome:
 
         return call
 
-    eager, kernel = _race(forward("reference"), forward(impl))
+    eager, kernel = race(forward("reference"), forward(impl), _RACE_SECONDS)
     eager_training, kernel_training = (
-        _race(training("reference"), training(impl)) if example.training else (math.nan, math.nan)
+        race(training("reference"), training(impl), _RACE_SECONDS) if example.training else (math.nan, math.nan)
     )
     return Outcome(example, impl, failures, (eager, eager_training), (kernel, kernel_training))
 
@@ -147,24 +147,3 @@ def _values(example: Example, args: Any, kwargs: dict[str, Any], impl: str) -> d
     cotangents = [torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape).to(torch.bfloat16) for y in outputs]
     grads = torch.autograd.grad(outputs, leaves, [c.to(y.dtype) for c, y in zip(cotangents, outputs, strict=True)])
     return named | {f"gradient {i}": g for i, g in enumerate(grads)}
-
-
-def _race(eager: Callable[[], Any], kernel: Callable[[], Any], seconds: float = 0.6) -> tuple[float, float]:
-    """Median milliseconds of both, run in turn."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for call in (eager, kernel):
-        call()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for call, taken in zip((eager, kernel), times, strict=True):
-            _synchronise()
-            start = time.perf_counter()
-            call()
-            _synchronise()
-            taken.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[0]), statistics.median(times[1])
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

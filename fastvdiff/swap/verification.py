@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fastvdiff import accuracy
+from fastvdiff.race import race
 
 from . import classes
 from .tables import rendered
@@ -158,10 +157,9 @@ def _measure(path: str, module: nn.Module, call: _Call, seconds: float) -> Measu
         tuple(max((e[i] for e in pairs[g].values()), default=math.nan) for i in (0, 1)) for g in (False, True)
     )
     runs = [(_forward(m, call), _training(m, call)) for m in (eager, swapped)]
-    return Measured(
-        path, type(module).__name__, *forward, *backward, _race(*(r[0] for r in runs), seconds),
-        _race(*(r[1] for r in runs), seconds), tuple(_kept(r[1]) for r in runs), failures,
-    )  # fmt: skip
+    times = [race(*pair, seconds, least=3) if seconds else (math.nan, math.nan) for pair in zip(*runs, strict=True)]
+    kept = tuple(_kept(training) for _, training in runs)
+    return Measured(path, type(module).__name__, *forward, *backward, *times, kept, failures)
 
 
 def _widened(value: Any) -> Any:
@@ -244,29 +242,6 @@ def _training(module: nn.Module, call: _Call) -> Callable[[], Any]:
                 torch.autograd.grad(heads, wanted, [torch.ones_like(y) for y in heads], allow_unused=True)
 
     return run
-
-
-def _race(before: Callable[[], Any], after: Callable[[], Any], seconds: float) -> tuple[float, float]:
-    """Median milliseconds of both, in turn; nan without time for it."""
-    if not seconds:
-        return math.nan, math.nan
-    times: tuple[list[float], list[float]] = ([], [])
-    for call in (before, after):
-        call()
-    end = time.perf_counter() + seconds
-    while len(times[1]) < 3 or time.perf_counter() < end:
-        for call, taken in zip((before, after), times, strict=True):
-            _synchronise()
-            start = time.perf_counter()
-            call()
-            _synchronise()
-            taken.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[0]), statistics.median(times[1])
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _kept(training: Callable[[], Any]) -> int:
