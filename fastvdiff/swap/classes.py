@@ -96,8 +96,9 @@ def _forward(target: Target, eager: Any) -> Any:
 
     @functools.wraps(eager)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch_module._has_any_global_hook():
-            # Whoever watches every module wants to see those that a kernel would pass over.
+        if torch_module._has_any_global_hook() or not hasattr(self, _MARK):
+            # Whoever watches every module wants to see those that a kernel would pass over; and accelerate's hooks keep
+            # the bound method that they found, which outlives the swap.
             return eager(self, *args, **kwargs)
         return run(self, eager, *args, **kwargs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from io import BytesIO
 from typing import Any
@@ -158,6 +159,18 @@ def test_a_forward_on_the_instance_is_left_alone() -> None:
     before = model(x)
     report = fastvdiff.swap_kernels(model)
     assert ("body", "another forward has been put on this instance") in [(e.path, e.why) for e in report.refused]
+    assert torch.equal(model(x), before)
+
+
+def test_undo_reaches_a_forward_that_a_hook_has_kept() -> None:
+    """As accelerate's `add_hook_to_module` does: the forward found on the module goes into one put on the instance."""
+    model, x = block()
+    model.eval()
+    before = model(x)
+    report = fastvdiff.swap_kernels(model)
+    model.body.forward = functools.partial(lambda old, *args: old(*args), model.body.forward)
+    assert not torch.equal(model(x), before)
+    report.undo()
     assert torch.equal(model(x), before)
 
 
