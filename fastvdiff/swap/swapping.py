@@ -49,11 +49,15 @@ def swap_kernels(model: nn.Module, *, gradient_checkpointing: bool = False) -> S
         if target is not None:
             classes.swap(module, target, gradient_checkpointing and target.temporal)
             report.add(path, module, Entry(path, type(module).__name__, target.what))
-            if target.covers:
-                covered.update(f"{path}.{name}" if path else name for name, _ in module.named_children())
+            covered.update(f"{path}.{name}" if path else name for name in _below(module, target.covers))
         elif reason and not (path in covered and isinstance(module, _LAYERS)):
             report.refused.append(Entry(path, type(module).__name__, reason))
     return report
+
+
+def _below(module: nn.Module, levels: int) -> list[str]:
+    """The paths of what is at most `levels` below `module`."""
+    return [name for name, _ in module.named_modules() if name and name.count(".") < levels]
 
 
 def _find(module: nn.Module, known: tuple[Target, ...]) -> tuple[Target | None, str | None]:

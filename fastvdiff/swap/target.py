@@ -27,7 +27,8 @@ class Target:
         brings that is not understood, and whatever no kernel runs, goes to `eager(module, *args, **kwargs)`.
     `temporal`: its activations are those of a temporal layer, which `swap_kernels(gradient_checkpointing=True)`
         recomputes in the backward.
-    `covers`: the norms and convolutions right below it are part of what its forward computes, and not reported.
+    `covers`: norms and convolutions at most so many levels below it are part of what its forward computes, and not
+        reported.
     """
 
     classes: tuple[str, ...]
@@ -35,7 +36,7 @@ class Target:
     check: Callable[[nn.Module], str | None]
     forward: Callable[..., Any]
     temporal: bool = False
-    covers: bool = True
+    covers: int = 1
 
 
 UNRELATED = ""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fastvdiff
-from tests.swap import contract, doubles_vdm
+from tests.swap import contract, doubles_imagen, doubles_vdm
 
 FRAMES = 5
 
@@ -39,12 +39,29 @@ def all_focused() -> tuple[nn.Module, contract.Inputs]:
     return groups()[0], _inputs(focus_present_mask=torch.tensor([True, True]))
 
 
+def causal() -> tuple[nn.Module, contract.Inputs]:
+    torch.manual_seed(0)
+    return doubles_imagen.Unet3D(), _inputs()
+
+
+def both_ways() -> tuple[nn.Module, contract.Inputs]:
+    torch.manual_seed(0)
+    return doubles_imagen.Unet3D(causal=False), _inputs()
+
+
+def frames_apart() -> tuple[nn.Module, contract.Inputs]:
+    return causal()[0], _inputs(ignore_time=True)
+
+
 RESNETS, BLOCKS, OVER_FRAMES = 5, 10, 4
 REPLACED = {
     groups: {"Block": BLOCKS, "ResnetBlock": RESNETS, "Residual": OVER_FRAMES},
     focused: {"Block": BLOCKS, "ResnetBlock": RESNETS, "Residual": OVER_FRAMES},
     all_focused: {"Block": BLOCKS, "ResnetBlock": RESNETS, "Residual": OVER_FRAMES},
     rms: {"ResnetBlock": RESNETS, "Residual": OVER_FRAMES},
+    causal: {"Conv3d": 4, "Residual": 1, "RearrangeTimeCentric": 1},
+    both_ways: {"Conv3d": 4, "Residual": 1, "RearrangeTimeCentric": 1},
+    frames_apart: {"Conv3d": 4, "Residual": 1, "RearrangeTimeCentric": 1},
 }
 everywhere = pytest.mark.parametrize("make", REPLACED, ids=lambda make: make.__name__)
 
@@ -64,6 +81,7 @@ def test_what_is_left_alone_has_a_reason() -> None:
     assert "linear attention" in reasons["downs.0.1"]
     assert "not over frames" in reasons["mid_spatial_attn"]
     assert contract.refusals(refused) == {"Block": BLOCKS, "Residual": 3, "Conv3d": 3 + BLOCKS}
+    assert contract.refusals(fastvdiff.swap_kernels(causal()[0]).refused) == {"Block": 2}
 
 
 def test_channels_last_3d() -> None:
@@ -72,7 +90,7 @@ def test_channels_last_3d() -> None:
     contract.hold(model.eval(), inputs)
 
 
-@pytest.mark.parametrize("make", [groups, rms], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [groups, rms, causal], ids=lambda make: make.__name__)
 def test_training_follows_eager(make: Any) -> None:
     contract.hold_training(lambda: make()[0], make()[1], torch.randn(2, 3, FRAMES, 8, 8))
 
@@ -89,11 +107,15 @@ def test_no_graph_break_is_added() -> None:
     assert before[1] > 0
     assert contract.graphs_and_breaks(model.mid_temporal_attn, attention) == (1, 0)
     assert contract.graphs_and_breaks(model.mid_block2, resnet) == unbroken == (1, 0)
+    model, inputs = causal()
+    fastvdiff.swap_kernels(model)
+    assert contract.graphs_and_breaks(model, inputs) == (1, 0)
 
 
-def test_save_load_and_autocast() -> None:
-    model, inputs = groups()
-    contract.hold_round_trip(model, groups()[0], inputs)
+@pytest.mark.parametrize("make", [groups, causal], ids=lambda make: make.__name__)
+def test_save_load_and_autocast(make: Any) -> None:
+    model, inputs = make()
+    contract.hold_round_trip(model, make()[0], inputs)
 
 
 def test_hooks_and_layers_of_others_are_called() -> None:
@@ -144,3 +166,13 @@ def test_video_diffusion_pytorch_itself() -> None:
     assert counts["Residual"] == 6
     assert counts["ResnetBlock"] == 11
     assert counts.get("Block", 0) in (0, 22)
+
+
+def test_imagen_pytorch_itself() -> None:
+    imagen = pytest.importorskip("imagen_pytorch.imagen_video", exc_type=ImportError)
+    attention = imagen.Attention(16, dim_head=8, heads=2, causal=True, rel_pos_bias=True)
+    positions = nn.Sequential(imagen.Pad((0, 0, 0, 0, 2, 0)), nn.Conv3d(16, 16, (3, 1, 1), groups=16))
+    parts = (imagen.RearrangeTimeCentric(imagen.Residual(attention)), imagen.Residual(positions), imagen.Block(16, 16))
+    for part, found in zip(parts, ("RearrangeTimeCentric", "Residual", "Conv3d"), strict=True):
+        report = contract.hold(part, {"x": torch.randn(2, 16, FRAMES, 8, 8)})
+        assert contract.counts(report) == {found: 1}

@@ -116,7 +116,7 @@ def _attention(
 
 _WHAT = "without a gradient: keys and values of a text once, not once a frame"
 register(
-    Target(("UNet3DConditionModel", "I2VGenXLUNet"), _WHAT, _check_unet, _repeating, covers=False),
-    Target(("UNetMotionModel",), _WHAT, _check_unet, _repeated_before, covers=False),
+    Target(("UNet3DConditionModel", "I2VGenXLUNet"), _WHAT, _check_unet, _repeating, covers=0),
+    Target(("UNetMotionModel",), _WHAT, _check_unet, _repeated_before, covers=0),
     Target(("Attention",), _WHAT + "; one key without scores", _check_attention, _attention),
 )
