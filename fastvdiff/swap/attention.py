@@ -1,4 +1,8 @@
-"""diffusers' Attention inside a block that has the frames apart: over frames, and over a text that they share."""
+"""Attention inside a block that has the frames apart: over frames, and over a text that they share.
+
+diffusers' Attention, the CrossAttention of the latent diffusion family, and AnimateDiff's VersatileAttention: four
+linear layers by the same names.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +42,42 @@ def ready(attn: nn.Module) -> bool:
     return unknown(attn) is None and untouched(attn) and not dropping(attn.to_out)
 
 
+def unknown_latent(attn: Any) -> str | None:
+    """`unknown` for a CrossAttention, or MemoryEfficientCrossAttention, of the latent diffusion family."""
+    if type(attn).__name__ not in ("CrossAttention", "MemoryEfficientCrossAttention"):
+        return f"its attention is {type(attn).__name__}"
+    if getattr(attn, "relative_position", False):
+        return "learned relative positions enter its scores and its values: no kernel for it"
+    if getattr(attn, "img_cross_attention", False):
+        return "it attends to an image beside the text"
+    kinds = [type(layer).__name__ for layer in attn.to_out] if isinstance(attn.to_out, nn.Sequential) else []
+    return None if len(kinds) == 2 and kinds[1] == "Dropout" else f"its to_out is {kinds}"
+
+
+def ready_latent(attn: nn.Module) -> bool:
+    """`ready` for what `unknown_latent` knows; the forward through xformers that it gives itself is one of its own."""
+    own = attn.__dict__.get("forward")
+    if own is not None:
+        known = getattr(own, "__func__", None) is getattr(type(attn), "efficient_forward", None)
+        return known and not (attn._forward_hooks or attn._forward_pre_hooks) and not dropping(attn.to_out)
+    return untouched(attn) and not dropping(attn.to_out)
+
+
 def runs_over_frames(attn: nn.Module, like: torch.Tensor, sizes: tuple[int, int, int]) -> bool:
     """Whether a kernel runs attention over the frames of tokens of `sizes` (B, T, S), on the device of `like`."""
-    shape = (*sizes, attn.heads, attn.inner_dim // attn.heads)
+    inner = getattr(attn, "inner_dim", None) or attn.to_q.out_features
+    shape = (*sizes, attn.heads, inner // attn.heads)
     return kernel_would_run("temporal_attention", like, shape, torch.is_grad_enabled(), keys=sizes[1])
 
 
 def over_frames(
-    attn: nn.Module, norm: nn.Module, x: torch.Tensor, frame_embedding: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x + attn(norm(x) + frame_embedding) over the frames of tokens x (B, T, S, C); frame_embedding (T, C) or None."""
+    attn: nn.Module, norm: nn.Module, x: torch.Tensor, frame_embedding: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """x + attn(norm(x) + frame_embedding) over the frames of tokens x (B, T, S, C).
+
+    frame_embedding (T, C) or None; attn_mask (B, T, T) bool, True where a frame may attend, or None.
+    """
     linear = (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
     if plain(norm, nn.LayerNorm) and all(plain(layer, nn.Linear) for layer in linear):
         video = x.permute(0, 3, 1, 2).unsqueeze(-1)
@@ -56,14 +86,14 @@ def over_frames(
             y = ops.temporal_attention_block(
                 video, *weights, heads=attn.heads, q_bias=attn.to_q.bias, k_bias=attn.to_k.bias, v_bias=attn.to_v.bias,
                 out_bias=attn.to_out[0].bias, norm="layer_norm", norm_weight=norm.weight, norm_bias=norm.bias,
-                eps=norm.eps, frame_embedding=frame_embedding,
+                eps=norm.eps, frame_embedding=frame_embedding, attn_mask=attn_mask,
             )  # fmt: skip
             return y.squeeze(-1).permute(0, 2, 3, 1)
     h = norm(x)
     if frame_embedding is not None:
         h = onto(h, frame_embedding[:, None], plain(norm, nn.LayerNorm))
     q, k, v = (layer(h).unflatten(-1, (attn.heads, -1)) for layer in linear[:3])
-    y = attn.to_out[0](ops.temporal_attention(q, k, v).flatten(-2))
+    y = attn.to_out[0](ops.temporal_attention(q, k, v, attn_mask=attn_mask).flatten(-2))
     return onto(y, x, plain(attn.to_out[0], nn.Linear))
 
 

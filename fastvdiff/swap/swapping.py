@@ -47,7 +47,7 @@ def swap_kernels(model: nn.Module, *, gradient_checkpointing: bool = False) -> S
     for path, module in list(model.named_modules()):
         target, reason = _find(module, known)
         if target is not None:
-            classes.swap(module, target, gradient_checkpointing and target.temporal)
+            classes.swap(module, target, gradient_checkpointing and target.temporal, target.method)
             report.add(path, module, Entry(path, type(module).__name__, target.what))
             covered.update(f"{path}.{name}" if path else name for name in _below(module, target.covers))
         elif reason and not (path in covered and isinstance(module, _LAYERS)):
@@ -68,9 +68,9 @@ def _find(module: nn.Module, known: tuple[Target, ...]) -> tuple[Target | None, 
         return None, None  # it runs the kernels by itself
     reasons = []
     for target in known:
-        if class_named(module, target.classes) is None:
+        if class_named(module, target.classes, target.method) is None:
             continue
-        if "forward" in module.__dict__:
+        if "forward" in module.__dict__ or target.method in module.__dict__:
             return None, "another forward has been put on this instance"
         try:
             reason = target.check(module)

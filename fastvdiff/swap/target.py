@@ -29,6 +29,7 @@ class Target:
         recomputes in the backward.
     `covers`: norms and convolutions at most so many levels below it are part of what its forward computes, and not
         reported.
+    `method`: the method that is exchanged; where `forward` wraps another in checkpointing, that other one.
     """
 
     classes: tuple[str, ...]
@@ -37,9 +38,11 @@ class Target:
     forward: Callable[..., Any]
     temporal: bool = False
     covers: int = 1
+    method: str = "forward"
 
 
 UNRELATED = ""
+_IN_FLOAT32 = ("GroupNorm32", "GroupNormSpecific")  # of the latent diffusion family
 _TARGETS: list[Target] = []
 
 
@@ -56,18 +59,19 @@ def targets() -> tuple[Target, ...]:
     return tuple(_TARGETS)
 
 
-def class_named(module: nn.Module, names: tuple[str, ...]) -> str | None:
-    """The one of `names` that `module` is an instance of, its `forward` unchanged by a subclass."""
+def class_named(module: nn.Module, names: tuple[str, ...], method: str = "forward") -> str | None:
+    """The one of `names` that `module` is an instance of, its `method` unchanged by a subclass."""
     cls = type(module)
     for base in cls.__mro__:
         if base.__name__ in names and base.__module__.partition(".")[0] != "fastvdiff":
-            return base.__name__ if cls.forward is base.forward else None
+            own = getattr(base, method, None)
+            return base.__name__ if own is not None and getattr(cls, method) is own else None
     return None
 
 
-def takes(module: nn.Module, *names: str) -> bool:
-    """Whether `forward` takes arguments of exactly these names: what tells classes of one common name apart."""
-    return tuple(inspect.signature(type(module).forward).parameters) == ("self", *names)
+def takes(module: nn.Module, *names: str, method: str = "forward") -> bool:
+    """Whether `method` takes arguments of exactly these names: what tells classes of one common name apart."""
+    return tuple(inspect.signature(getattr(type(module), method)).parameters) == ("self", *names)
 
 
 def untouched(module: nn.Module) -> bool:
@@ -84,6 +88,12 @@ def untouched(module: nn.Module) -> bool:
 def unwatched(module: nn.Module) -> bool:
     """Whether no hook, on `module` or inside it, can have kept what it returned: its memory is the caller's."""
     return all(untouched(m) for m in module.modules())
+
+
+def group_norm(module: Any) -> bool:
+    """Whether calling `module` is GroupNorm with its own parameters, be it one that computes in float32 by itself."""
+    casting = isinstance(module, nn.GroupNorm) and type(module).__name__ in _IN_FLOAT32 and untouched(module)
+    return casting or plain(module, nn.GroupNorm)
 
 
 def plain(module: Any, cls: type) -> bool:

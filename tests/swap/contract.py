@@ -142,6 +142,36 @@ def hold_round_trip(model: nn.Module, other: nn.Module, inputs: Inputs) -> None:
     assert float((swapped_low - eager).norm()) <= 2 * float((eager_low - eager).norm()) + 2e-3 * scale
 
 
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """What autograd keeps for the backward."""
+
+    def __init__(self) -> None:
+        super().__init__(self.pack, lambda t: t)
+        self.bytes = 0
+
+    def pack(self, t: torch.Tensor) -> torch.Tensor:
+        """Count a tensor that is kept."""
+        self.bytes += t.nbytes
+        return t
+
+
+def hold_checkpointing(model: nn.Module, inputs: Inputs) -> None:
+    """`gradient_checkpointing=True` keeps less and gives the same gradients, dropout and all."""
+    kept = {}
+    for checkpointing in (False, True):
+        report = fastvdiff.swap_kernels(model.train(), gradient_checkpointing=checkpointing)
+        torch.manual_seed(2)
+        with (held := Kept()):
+            loss = sample_of(model(**inputs)).square().mean()
+        loss.backward()
+        kept[checkpointing] = held.bytes, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        report.undo()
+    assert kept[True][0] < kept[False][0]
+    for a, b in zip(kept[True][1], kept[False][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def losses(model: nn.Module, inputs: Inputs, target: torch.Tensor, steps: int = 32, lr: float = 1e-3) -> list[float]:
     """The losses of `steps` steps of AdamW towards `target`, dropout and all."""
     torch.manual_seed(3)

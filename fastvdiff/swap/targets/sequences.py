@@ -9,22 +9,22 @@ import torch
 from torch import nn
 
 from fastvdiff import ops
-from fastvdiff.swap.target import UNRELATED, Target, kernel_runs, plain, register, silu
+from fastvdiff.swap.target import UNRELATED, Target, group_norm, kernel_runs, register, silu
 
 
 def norm_silu(x: torch.Tensor, norm: nn.GroupNorm, **options: Any) -> torch.Tensor:
-    """SiLU(norm(x)), `norm` being plain."""
+    """SiLU(norm(x)), `norm` being what `group_norm` knows."""
     return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
 
 
 def fuses(x: torch.Tensor, norm: Any) -> bool:
     """Whether `norm`, followed by SiLU, has a kernel on x."""
-    return plain(norm, nn.GroupNorm) and x.dim() <= 5 and kernel_runs("group_norm_silu", x, norm.weight, norm.bias)
+    return group_norm(norm) and x.dim() <= 5 and kernel_runs("group_norm_silu", x, norm.weight, norm.bias)
 
 
 def _check(module: nn.Module) -> str | None:
     layers = tuple(module)
-    if any(plain(a, nn.GroupNorm) and silu(b) for a, b in pairwise(layers)):
+    if any(group_norm(a) and silu(b) for a, b in pairwise(layers)):
         return None
     return UNRELATED
 
