@@ -288,6 +288,17 @@ void bind_cuda_group_norm_silu(py::module_& m) {
           p.stats = at<const float>(stats), p.eps = eps;
           cuda::group_norm_silu_forward(p, at<void>(stream));
         });
+  // False where the addresses or strides are not the clusters': nothing has run then.
+  m.def("cuda_group_norm_silu_resident_forward",
+        [](const Sizes& sizes, const Flags& flags, int dtype, int multiprocessors, Address stream, const View3& x,
+           const Parameters& parameters, Address moments, const View3& y, float eps, int groups, int ranks) {
+          cuda::GroupNormSiluParams p = cuda_group_norm_silu_params(sizes, flags, dtype, multiprocessors);
+          set_inputs(p, x, parameters, moments, 0);
+          p.y = at<void>(static_cast<Address>(y[0])), p.stride_yb = y[1], p.stride_yr = y[2], p.eps = eps;
+          if (!cuda::group_norm_silu_resident_takes(p)) return false;
+          cuda::group_norm_silu_resident_forward(p, groups, ranks, at<void>(stream));
+          return true;
+        });
   m.def("cuda_group_norm_silu_backward",
         [](const Sizes& sizes, const Flags& flags, int dtype, int multiprocessors, Address stream, const View3& x,
            const Parameters& parameters, Address moments, Address workspace, const View3& grad, const View3& dx,

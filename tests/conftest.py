@@ -92,8 +92,10 @@ def _poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """An element that a kernel forgets to write reads as NaN."""
     if "no_poison" in request.keywords:
         return
-    import torch._dynamo  # it looks torch's functions up when it is imported, and must not find the wrappers for good
+    import torch._dynamo
 
+    # Dynamo looks torch's functions up once, when it is imported or first compiles: it must not find the wrappers.
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
 

@@ -30,6 +30,9 @@
     kernel<<<grid, block, bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
     ::fastvdiff::cuda::check(#kernel, cudaGetLastError());                      \
   } while (0)
+// The same in clusters of so many blocks (1 to 8) along x, of which the grid has a whole number. Capability 9.0 and newer.
+#define FASTVDIFF_LAUNCH_CLUSTERS(kernel, grid, block, cluster, bytes, stream, ...) \
+  ::fastvdiff::cuda::launch_clusters(#kernel, kernel, grid, block, cluster, bytes, stream, __VA_ARGS__)
 
 namespace fastvdiff::cuda {
 
@@ -41,6 +44,36 @@ template <class Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {
   check("cudaFuncSetAttribute",
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
+template <class... Parameters>
+void launch_clusters(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster,
+                     size_t bytes, void* stream, const Parameters&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = bytes;
+  config.stream = static_cast<cudaStream_t>(stream), config.attrs = &attribute, config.numAttrs = 1;
+  check(name, cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// Every thread of the cluster comes here; what they wrote before, the others see after. Whatever the architecture, so
+// that kernels of clusters compile for older ones too, which never run them.
+__device__ __forceinline__ void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+#endif
+}
+// What stands at `shared` in the block of this rank, until that block ends.
+template <class T>
+__device__ __forceinline__ const T* of_rank(const T* shared, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  return static_cast<const T*>(__cluster_map_shared_rank(shared, rank));
+#else
+  return shared;
+#endif
 }
 
 // Every thread of the block comes here.

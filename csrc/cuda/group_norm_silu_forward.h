@@ -17,36 +17,6 @@ struct Partials {
   }
 };
 
-// near + apart as a float and what its rounding left. Means are kept so, or as differences from a value nearby: at a
-// mean of 10^4 the rounding of a float32 mean is what one sees in the result.
-struct Sum {
-  float high, low;
-  __device__ __forceinline__ Sum(float near, float apart) : high(near + apart), low(apart - (high - near)) {}
-};
-
-__device__ __forceinline__ void store_moments(float* to, const Sum& mean, float m2, float n) {
-  to[0] = mean.high, to[1] = mean.low, to[2] = m2, to[3] = n;
-}
-
-// What one thread has seen of V accumulators: means as differences from each one's first value.
-template <int V>
-struct Seen {
-  float pivot[V] = {}, mean[V] = {}, m2[V] = {}, n = 0;
-
-  // Welford's update: no common shift, so no outlier to choose it wrong.
-  __device__ __forceinline__ void add(const float (&value)[V]) {
-    n += 1.0f;
-    const float share = fast_divide(1.0f, n);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      if (n == 1.0f) pivot[i] = value[i];
-      const float off = value[i] - pivot[i], apart = off - mean[i];
-      mean[i] += apart * share;
-      m2[i] += apart * (off - mean[i]);
-    }
-  }
-};
-
 // channels_last: from each thread's V channels to the groups that the block's column meets.
 template <int V, class Place>
 __device__ __forceinline__ void pool_column(const GroupNormSiluParams& p, const Cut& cut, const Partials& partials,
@@ -228,9 +198,7 @@ __global__ void __launch_bounds__(kThreads, kResident) group_norm_silu_apply(con
       Access<T, V>::widen(raw[u], value);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const int k = CHANNELS_LAST ? i : 0;
-        const float z = (value[i] - line.centre[k]) * line.slope[k] + line.offset[k];
-        value[i] = p.silu ? z * sigmoid(z) : z;
+        value[i] = line.result(CHANNELS_LAST ? i : 0, value[i], p.silu);
       }
       Access<T, V>::store(y + (first + u * cut.step) * to_pitch, value);
     }

@@ -59,6 +59,36 @@ struct Moments {
   }
 };
 
+// near + apart as a float and what its rounding left. Means are kept so, or as differences from a value nearby: at a
+// mean of 10^4 the rounding of a float32 mean is what one sees in the result.
+struct Sum {
+  float high, low;
+  __device__ __forceinline__ Sum(float near, float apart) : high(near + apart), low(apart - (high - near)) {}
+};
+
+__device__ __forceinline__ void store_moments(float* to, const Sum& mean, float m2, float n) {
+  to[0] = mean.high, to[1] = mean.low, to[2] = m2, to[3] = n;
+}
+
+// What one thread has seen of V accumulators: means as differences from each one's first value.
+template <int V>
+struct Seen {
+  float pivot[V] = {}, mean[V] = {}, m2[V] = {}, n = 0;
+
+  // Welford's update: no common shift, so no outlier to choose it wrong.
+  __device__ __forceinline__ void add(const float (&value)[V]) {
+    n += 1.0f;
+    const float share = fast_divide(1.0f, n);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      if (n == 1.0f) pivot[i] = value[i];
+      const float off = value[i] - pivot[i], apart = off - mean[i];
+      mean[i] += apart * share;
+      m2[i] += apart * (off - mean[i]);
+    }
+  }
+};
+
 __device__ __forceinline__ float load_parameter(const NormParameter& p, int64_t sample, int64_t channel, int64_t frame) {
   const int64_t at = sample * p.stride_b + channel * p.stride_c + frame * p.stride_t;
   if (p.dtype == DType::f32) return static_cast<const float*>(p.data)[at];
@@ -91,6 +121,9 @@ struct Affine {
   }
 };
 
+// 1 / (1 + exp(-z)); where exp overflows it is 0, which is right to float's smallest normal.
+__device__ __forceinline__ float sigmoid(float z) { return fast_divide(1.0f, 1.0f + fast_exp(-z)); }
+
 // The K channels of a thread: z = (x - centre) slope + offset, slope = gain / std.
 template <int K>
 struct Line {
@@ -107,10 +140,11 @@ struct Line {
       centre[k] = of_group[0], slope[k] = of_group[1] * affine.gain, offset[k] = affine.offset;
     }
   }
+  __device__ __forceinline__ float result(int k, float x, bool silu) const {
+    const float z = (x - centre[k]) * slope[k] + offset[k];
+    return silu ? z * sigmoid(z) : z;
+  }
 };
-
-// 1 / (1 + exp(-z)); where exp overflows it is 0, which is right to float's smallest normal.
-__device__ __forceinline__ float sigmoid(float z) { return fast_divide(1.0f, 1.0f + fast_exp(-z)); }
 
 // dy times silu's derivative at z.
 __device__ __forceinline__ float through_silu(float dy, float z) {

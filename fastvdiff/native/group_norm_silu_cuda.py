@@ -21,15 +21,15 @@ def forward(
     if not x.numel():
         return y, moments.zero_()
     channels_last = is_channels_last(y)
-    rows, (x_view, y_view) = zip(*(_view(t, channels_last) for t in (x, y)), strict=True)
-    given = [_readable(p) for p in (weight, bias, scale, shift)]
+    rows, (x_view, y_view) = zip(*(view(t, channels_last) for t in (x, y)), strict=True)
+    given = [readable(p) for p in (weight, bias, scale, shift)]
     stats = wide(stats)
-    call = _call(x, num_groups, given, channels_last, silu)
+    call = call_of(x, num_groups, given, channels_last, silu)
     lib = library()
     with on_device(x):
         workspace = _workspace(x, lib.cuda_group_norm_silu_workspace(*call, False))
         lib.cuda_group_norm_silu_forward(
-            *call, stream(x), x_view, [_parameter(p) for p in given], address(moments), address(workspace), y_view,
+            *call, stream(x), x_view, [parameter(p) for p in given], address(moments), address(workspace), y_view,
             address(stats), eps,
         )  # fmt: skip
     return (y if rows[1] is y else y.copy_(rows[1])), moments
@@ -42,17 +42,17 @@ def backward(
     """Gradients of x, weight, bias, scale and shift; an empty tensor for a parameter that is None."""
     dx = torch.empty_like(x)
     parameters = (weight, bias, scale, shift)
-    given = [_readable(p) for p in parameters]
+    given = [readable(p) for p in parameters]
     grads = [None if p is None else torch.empty(p.shape, dtype=p.dtype, device=x.device) for p in given]
     if x.numel():
         channels_last = is_channels_last(dx)
-        rows, (x_view, grad_view, dx_view) = zip(*(_view(t, channels_last) for t in (x, grad, dx)), strict=True)
-        call = _call(x, num_groups, given, channels_last, silu)
+        rows, (x_view, grad_view, dx_view) = zip(*(view(t, channels_last) for t in (x, grad, dx)), strict=True)
+        call = call_of(x, num_groups, given, channels_last, silu)
         lib = library()
         with on_device(x):
             workspace = _workspace(x, lib.cuda_group_norm_silu_workspace(*call, True))
             lib.cuda_group_norm_silu_backward(
-                *call, stream(x), x_view, [_parameter(p) for p in given], address(moments), address(workspace),
+                *call, stream(x), x_view, [parameter(p) for p in given], address(moments), address(workspace),
                 grad_view, dx_view, [_gradient(g) for g in grads],
             )  # fmt: skip
         dx = dx if rows[2] is dx else dx.copy_(rows[2])
@@ -63,13 +63,13 @@ def backward(
     ]
 
 
-def _view(t: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor, tuple[int, int, int]]:
+def view(t: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """t, or a copy that stays alive with the caller, and its address, batch stride and stride of rows."""
     rows, (batch, channel, position) = rows_of(t, channels_last)
     return rows, (address(rows), batch, position if channels_last else channel)
 
 
-def _call(
+def call_of(
     x: torch.Tensor, num_groups: int, given: list[_Optional], channels_last: bool, silu: bool
 ) -> tuple[tuple[int, ...], tuple[bool, bool], int, int]:
     """Sizes (batch, channels, positions, groups, frames), flags, dtype and the device's multiprocessors."""
@@ -82,12 +82,12 @@ def _workspace(x: torch.Tensor, floats: int) -> torch.Tensor:
     return torch.empty(floats, dtype=torch.float32, device=x.device)
 
 
-def _readable(p: _Optional) -> _Optional:
+def readable(p: _Optional) -> _Optional:
     """A parameter in a dtype that the kernels read; strides stay as they are."""
     return p if p is None or p.dtype in DTYPE_CODES else p.detach().to(torch.float32)
 
 
-def _parameter(p: _Optional) -> tuple[int, int, int, int, int]:
+def parameter(p: _Optional) -> tuple[int, int, int, int, int]:
     """Address, strides over samples, channels and frames, dtype of a (C,), (B, C) or (B, C, frames) parameter."""
     if p is None:
         return 0, 0, 0, 0, _F32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,8 @@ def group_norm_silu(
         silu: False leaves the activation out.
         stats: (B, G, 2) float32, mean and centred sum of squares of each group of x, as `conv3d(stats_groups=G)`
             returns them: saves one read of x. Its gradient is part of x's.
-        impl: None, or the implementation to use, strictly: "cpu", "triton", "cuda" or "reference".
+        impl: None, or the implementation to use, strictly: "cpu", "triton", "cuda", "cuda_sm90" (channels_last, samples
+            that fit in the shared memory of clusters: x is read once) or "reference".
 
     Returns:
         A tensor of x's shape, memory format and dtype.
@@ -62,7 +64,9 @@ def group_norm_silu(
     """
     _check(x, num_groups, weight, bias, scale, shift, stats)
     x = x.to(registration.autocast_dtype(x))
-    facts = dispatch.facts_of(x, dispatch.needs_grad(x, weight, bias, scale, shift))
+    facts = dispatch.facts_of(
+        x, dispatch.needs_grad(x, weight, bias, scale, shift), num_groups=num_groups, stats=stats is not None
+    )
     chosen = dispatch.choose(_OP, facts, impl)
     with registration.without_autocast(x):
         return chosen.call(x, num_groups, weight, bias, eps, scale, shift, silu, stats)
@@ -95,6 +99,26 @@ def _check(
     checks.parameter(_OP, "scale", scale, x, "x", *modulation, symbols=symbols)
     checks.parameter(_OP, "shift", shift, x, "x", *modulation, symbols=symbols)
     checks.parameter(_OP, "stats", stats, x, "x", (batch, num_groups, 2), symbols="(B, G, 2)")
+
+
+def _in_clusters(facts: dispatch.Facts) -> str | None:
+    """What the kernel that keeps a sample in shared memory asks for."""
+    return registration.on_sm90(facts) or _fits_clusters(facts)
+
+
+def _fits_clusters(facts: dispatch.Facts) -> str | None:
+    batch, channels, *space = facts.shape
+    groups = facts.options.get("num_groups")
+    if groups is None:
+        return "the number of groups is not known"
+    if facts.options["stats"]:
+        return "with `stats`, x is read once anyway"
+    if facts.strides[1] != 1 or channels == 1 or math.prod(space) == 1:
+        return "x is not channels_last"
+    cut = registration.backend("cuda_sm90", _OP).cut
+    if 0 in facts.shape or cut(batch, channels, math.prod(space), groups, facts.dtype.itemsize, 1) is not None:
+        return None
+    return "no column of whole groups and whole 16-byte accesses fits in the shared memory of a cluster"
 
 
 def _call_reference(
@@ -181,5 +205,7 @@ dispatch.register(
     ),
     # After triton until both have been measured on one device.
     dispatch.Impl("cuda", registration.on_cuda, partial(_call_kernel, "cuda"), frozenset()),
+    # Last until it has run: then before the others where it fits.
+    dispatch.Impl("cuda_sm90", _in_clusters, partial(_call_kernel, "cuda_sm90"), frozenset()),
     dispatch.Impl("reference", lambda facts: None, _call_reference),
 )

@@ -52,8 +52,8 @@ def define(schema: str, *, kernel: Callable[..., Any], fake: Callable[..., Any])
 @functools.cache
 def backend(impl: str, op: str) -> ModuleType:
     """The module whose `forward` and `backward` are `op`'s kernels of this implementation, imported at first use."""
-    if impl in ("cpu", "cuda"):
-        return importlib.import_module(f"fastvdiff.native.{op}{'_cuda' if impl == 'cuda' else ''}")
+    if impl != "triton":
+        return importlib.import_module(f"fastvdiff.native.{op}{'' if impl == 'cpu' else f'_{impl}'}")
     module = importlib.import_module(f"fastvdiff.kernels.{op}")
     if torch.cuda.is_available():
         module.launch.use_tuned(tuned.load())
@@ -192,13 +192,23 @@ def on_cuda(facts: Facts) -> str | None:
     return _not_built_for_this()
 
 
+def on_sm90(facts: Facts) -> str | None:
+    """What a kernel of clusters asks for besides: capability 9.0 or 10.0."""
+    return on_cuda(facts) or _not_a_data_centre_gpu()
+
+
+def _not_a_data_centre_gpu() -> str | None:
+    return None if torch.cuda.get_device_capability()[0] in (9, 10) else "runs on compute capability 9.0 and 10.0"
+
+
 def _not_built_for_this() -> str | None:
     """Why this build's CUDA kernels do not run on the current device, None if they do; compilers do not trace it."""
     return _not_built_for(*torch.cuda.get_device_capability())
 
 
 # torch.compiler.assume_constant_result without its import of Dynamo, which costs a second.
-_not_built_for_this._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _of_this_device in (_not_built_for_this, _not_a_data_centre_gpu):
+    _of_this_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

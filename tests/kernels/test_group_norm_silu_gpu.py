@@ -29,6 +29,15 @@ IMPLS = ("triton", "cuda")
 FORMATS = pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last_3d], ids=str)
 
 
+# channels_last samples that fit in the shared memory of clusters
+RESIDENT = {
+    "mid": ((1, 512, 8, 45, 80), 32),
+    "svd-l2": ((2, 1280, 25, 18, 32), 32),
+    "svd-l3": ((2, 1280, 25, 9, 16), 32),
+    "small": ((2, 64, 4, 8, 8), 32),
+}
+
+
 @pytest.fixture(params=IMPLS)
 def impl(request: pytest.FixtureRequest) -> str:
     """Each implementation that this build has."""
@@ -158,3 +167,27 @@ def test_activation_at_the_ends(impl: str, format: torch.memory_format) -> None:
     y = group_norm_silu(x, 1, zero, zero, shift=ends, impl=impl)
     expected = torch.nn.functional.silu(ends)[:, :, None, None, None].expand_as(x)
     torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-6, atol=1e-35)
+
+
+@pytest.mark.parametrize("case", RESIDENT)
+def test_clusters(case: str) -> None:
+    """Full size against float64, the same bits 100 times and from a graph, without a wait."""
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("clusters need compute capability 9.0 or 10.0")
+    if not native.runs_on(torch.cuda.get_device_capability()):
+        pytest.skip("this build has no CUDA kernels for this device")
+    shape, groups = RESIDENT[case]
+    leaves = drawn(shape, torch.channels_last_3d)
+    grad = torch.randn_like(leaves["x"])
+    first = run("cuda_sm90", leaves, groups, grad)
+    with no_synchronisation():
+        again = [run("cuda_sm90", leaves, groups, grad) for _ in range(3)]
+    assert all(torch.equal(a, b) for run_again in again for a, b in zip(run_again, first, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run("cuda_sm90", leaves, groups, grad)
+    for _ in range(100):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
+    x = leaves.pop("x")
+    hold(group_norm_silu, x, groups, impl="cuda_sm90", dtype=x.dtype, seed=2**17, **leaves)

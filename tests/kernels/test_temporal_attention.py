@@ -135,8 +135,10 @@ def test_nan_and_inf_are_carried(frames: int, which: int, value: float, device: 
 
 @pytest.mark.parametrize("frames", [1, 9, 80])
 def test_same_input_same_output(frames: int, device: str) -> None:
-    q, k, v = (drawn((2, frames, 11, 3, 16), device, torch.bfloat16) for _ in range(3))
-    bias = torch.randn(3, frames, frames, device=device, requires_grad=True)
+    # A CPU's order is one whatever the shape: there the interpreter takes few sequences.
+    shape = (2, frames, 11, 3, 16) if device == "cuda" or frames < 33 else (1, frames, 3, 2, 16)
+    q, k, v = (drawn(shape, device, torch.bfloat16) for _ in range(3))
+    bias = torch.randn(shape[3], frames, frames, device=device, requires_grad=True)
     grad = torch.randn(q.shape, device=device).bfloat16()
     first, second = (results((q, k, v, bias), grad, rotary=rotary_tables(frames, 8, device)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -90,6 +90,18 @@ def test_passes(kernel: str, architecture: str) -> None:
         assert any(o.startswith("STG") and ".128" in o for o in ops) == (wide and writes), name
 
 
+def test_clusters() -> None:
+    """One block of 512 threads at least, asynchronous copies, and other blocks' moments read through the cluster."""
+    found = {name: used for name, used in usage("sm_90a").items() if "group_norm_silu_residentI" in name}
+    assert len(found) == 3  # dtypes
+    for name, used in found.items():
+        assert used["REG"] <= 65536 // 512, name
+        ops = opcodes("sm_90a")[name]
+        assert any(o.startswith("LDGSTS") and ".128" in o for o in ops), name
+        assert any(o.startswith("STG") and ".128" in o for o in ops), name
+        assert any(o.startswith("UCGABAR") for o in ops), name
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_convolutions(architecture: str) -> None:
     """Tensor cores on every path; asynchronous 16-byte copies and two resident blocks on those for large shapes."""

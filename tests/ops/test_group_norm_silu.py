@@ -327,7 +327,7 @@ X = torch.zeros(2, 8, 3, 4, 5)
             (X, 4),
             {"impl": "triton2"},
             ValueError,
-            "impl: expected one of 'cpu', 'triton', 'cuda', 'reference', got 'triton2'",
+            "impl: expected one of 'cpu', 'triton', 'cuda', 'cuda_sm90', 'reference', got 'triton2'",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

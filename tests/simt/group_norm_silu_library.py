@@ -7,7 +7,11 @@ from typing import Any
 
 from tests.simt.host import load, run
 
-SOURCES = ("csrc/cuda/group_norm_silu.cu", "tests/simt/group_norm_silu_entry.cpp")
+SOURCES = (
+    "csrc/cuda/group_norm_silu.cu",
+    "csrc/cuda/group_norm_silu_resident.cu",
+    "tests/simt/group_norm_silu_entry.cpp",
+)
 
 
 class Parameter(ctypes.Structure):
@@ -39,6 +43,12 @@ class Params(ctypes.Structure):
     )
 
 
+class ResidentParams(ctypes.Structure):
+    """What the launcher of clusters takes."""
+
+    _fields_ = (("params", Params), ("groups", ctypes.c_int32), ("ranks", ctypes.c_int32))
+
+
 class Library:
     """Set `build`, `descending` and `multiprocessors` to choose how the kernels run."""
 
@@ -48,8 +58,9 @@ class Library:
         self.build = "ordinary"
         self.descending = False
         self.multiprocessors = 2
+        self.cuts: list[tuple[int, int]] = []  # groups of a column and blocks of a cluster, call by call
 
-    def _run(self, entry: str, params: Params) -> None:
+    def _run(self, entry: str, params: ctypes.Structure) -> None:
         run(SOURCES, entry, params, build=self.build, descending=self.descending)
 
     def cuda_group_norm_silu_workspace(self, *call: Any) -> int:
@@ -66,6 +77,19 @@ class Library:
         params.y, params.stride_yb, params.stride_yr = y
         params.stats, params.eps = stats, eps
         self._run("group_norm_silu_forward", params)
+
+    def cuda_group_norm_silu_resident_forward(self, *arguments: Any) -> bool:
+        *call, _stream, x, parameters, moments, y, eps, groups, ranks = arguments
+        params = _with_inputs(_params(*call), x, parameters, moments, 0)
+        params.y, params.stride_yb, params.stride_yr = y
+        params.eps = eps
+        takes = load(SOURCES, self.build).group_norm_silu_resident_takes
+        takes.restype = ctypes.c_bool
+        if takes(ctypes.byref(params)):
+            self.cuts.append((groups, ranks))
+            self._run("group_norm_silu_resident_forward", ResidentParams(params, groups, ranks))
+            return True
+        return False
 
     def cuda_group_norm_silu_backward(self, *arguments: Any) -> None:
         *call, _stream, x, parameters, moments, workspace, grad, dx, gradients = arguments

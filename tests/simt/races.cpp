@@ -1,8 +1,9 @@
 // The race build: a shadow of shared memory, fed by the compiler's thread-sanitizer hooks (no libtsan is linked).
 //
 // Two accesses of a byte by different threads, one of them a write, are in order if a barrier of the block lies between,
-// or, within one warp, a meeting of that warp. Every byte remembers its last write and its latest reads of the current
-// epoch. The hooks must not throw: the first race is kept and raised at the end of the block.
+// or, within one warp, a meeting of that warp; of threads of two blocks, if a barrier of the cluster does. Every byte
+// remembers its last write and its latest reads of the current epoch, those by another block apart. The hooks must not
+// throw: the first race is kept and raised at the end of the cluster.
 #include "races.h"
 
 #include <cstdint>
@@ -15,6 +16,7 @@ namespace simt::races {
 namespace {
 
 struct Access {
+  uint32_t cluster_epoch = 0;
   uint32_t block_epoch = 0;  // 0: none
   uint32_t warp_epoch = 0;
   int16_t thread = 0;
@@ -24,18 +26,23 @@ struct Access {
 };
 
 struct Byte {
-  Access write, read;
+  Access write, read, read_from_afar;
 };
 
 const unsigned char* base;
-size_t size;
+size_t size;      // of one block's shared memory
+int threads;      // of one block
+uint32_t latest;  // epoch of all that began: none is ever used again
+uint32_t cluster_epoch;
 std::vector<Byte> shadow;
-std::vector<uint32_t> warp_epochs;
-uint32_t block_epoch;
+std::vector<uint32_t> block_epochs, warp_epochs;
 std::string race;
 
 bool ordered(const Access& before, int thread) {
-  if (before.block_epoch != block_epoch) return true;
+  if (!before.block_epoch) return true;
+  const int rank = thread / threads;
+  if (before.thread / threads != rank) return before.cluster_epoch != cluster_epoch;
+  if (before.block_epoch != block_epochs[rank]) return true;
   if (before.warps) return false;
   if (before.thread / kWarp != thread / kWarp) return false;
   if (before.warp_epoch != warp_epochs[thread / kWarp]) return true;
@@ -52,28 +59,40 @@ void report(const Access& before, int thread, bool wrote, bool writes, size_t at
 
 }  // namespace
 
-void start_block(const void* arena, size_t bytes, int threads) {
-  base = static_cast<const unsigned char*>(arena), size = bytes;
-  shadow.resize(bytes);
-  warp_epochs.resize((threads + kWarp - 1) / kWarp);
-  ++block_epoch;  // across blocks nothing is compared
+void start_cluster(const void* arena, size_t bytes, int blocks, int of_block) {
+  base = static_cast<const unsigned char*>(arena), size = bytes, threads = of_block;
+  shadow.resize(bytes * blocks);
+  block_epochs.resize(blocks);
+  warp_epochs.resize((of_block + kWarp - 1) / kWarp * blocks);
+  next_cluster_epoch();  // across clusters nothing is compared
   race.clear();
 }
 
-void next_block_epoch() { ++block_epoch; }
+void next_cluster_epoch() {
+  cluster_epoch = ++latest;
+  for (uint32_t& epoch : block_epochs) epoch = ++latest;
+}
+void next_block_epoch(int rank) { block_epochs[rank] = ++latest; }
 void next_warp_epoch(int warp) { ++warp_epochs[warp]; }
 
 void access(int thread, const void* p, size_t bytes, bool write, const void* from) {
   const size_t first = static_cast<const unsigned char*>(p) - base;
-  if (first >= size) return;
-  const Access now{block_epoch, warp_epochs[thread / kWarp], static_cast<int16_t>(thread), false, false, from};
-  for (size_t at = first; at < first + bytes && at < size; ++at) {
+  if (first >= shadow.size()) return;
+  const int rank = thread / threads;
+  const Access now{cluster_epoch, block_epochs[rank], warp_epochs[thread / kWarp], static_cast<int16_t>(thread), false,
+                   false, from};
+  for (size_t at = first; at < first + bytes && at < shadow.size(); ++at) {
     Byte& byte = shadow[at];
+    const bool afar = at / size != static_cast<size_t>(rank);
     if (!ordered(byte.write, thread)) report(byte.write, thread, true, write, at, from);
     if (write) {
-      if (!ordered(byte.read, thread)) report(byte.read, thread, false, true, at, from);
+      for (const Access& read : {byte.read, byte.read_from_afar}) {
+        if (!ordered(read, thread)) report(read, thread, false, true, at, from);
+      }
       byte.write = now;
-    } else if (byte.read.block_epoch != block_epoch) {
+    } else if (afar) {
+      byte.read_from_afar = now;
+    } else if (byte.read.block_epoch != now.block_epoch) {
       byte.read = now;
     } else if (byte.read.thread / kWarp != thread / kWarp) {
       byte.read.warps = true;

@@ -1,4 +1,5 @@
-// The SIMT shim's runtime: a block's threads as fibers on one CPU thread. Compiled without race instrumentation.
+// The SIMT shim's runtime: the threads of a block, or of a cluster's blocks, as fibers on one CPU thread. Compiled without
+// race instrumentation.
 //
 // A fiber runs until it meets others and must wait; then the next runnable one in the order runs. Whoever comes last to
 // a meeting completes it. When none can run and some wait, the kernel is wrong and the message says where they stand.
@@ -59,6 +60,8 @@ namespace {
 
 constexpr size_t kStack = SIMT_ASAN ? 512 * 1024 : 128 * 1024;
 constexpr size_t kMostShared = 227 * 1024;  // of one block, on sm_90
+constexpr size_t kArena = (kMostShared + 8192 + 4095) / 4096 * 4096;
+constexpr int kMostBlocks = 16;  // of a cluster
 constexpr size_t kGap = 64;                 // between arrays: AddressSanitizer sees an overrun
 
 struct Copy {
@@ -81,7 +84,7 @@ struct Fiber {
   int groups;
 };
 
-// A meeting under way of a block or of a warp.
+// A meeting under way of a cluster, a block or a warp.
 struct Meeting {
   int came = 0;
   Site site{};
@@ -93,10 +96,18 @@ struct Array {
   size_t at;
 };
 
+// One block of the cluster that runs: its shared memory, the arrays in it, its barrier.
+struct Block {
+  unsigned char* arena;
+  size_t used, dynamic_at;
+  std::vector<Array> arrays;
+  Meeting whole;
+};
+
 std::vector<Fiber> fibers;
 std::vector<Meeting> warps;
-Meeting whole;
-std::vector<Array> arrays;
+std::vector<Block> blocks;
+Meeting everyone;  // of the cluster
 char* stacks = nullptr;
 size_t stack_count = 0;
 void* scheduler;
@@ -105,21 +116,21 @@ void* scheduler_fake_stack;
 const void* scheduler_bottom;
 size_t scheduler_size;
 #endif
-unsigned char* arena = nullptr;
-size_t arena_used, dynamic_at;
-int threads, current;
+unsigned char* arena = nullptr;  // kArena bytes for each block of a cluster
+int threads, current;            // threads of a block; the running fiber, counted through the cluster
+uint3 first_block;               // of the cluster
 std::string failure;
 void (*kernel_body)(const void*);
 const void* kernel_closure;
 int order_code = 0;
 
-int unlinear(int thread, uint3& out) {
-  out.x = thread % blockDim.x, out.y = thread / blockDim.x % blockDim.y, out.z = thread / (blockDim.x * blockDim.y);
-  return thread;
-}
+Block& own_block() { return blocks[current / threads]; }
 
 void to_fiber(int thread) {
-  current = unlinear(thread, threadIdx);
+  current = thread;
+  const unsigned in_block = thread % threads;
+  threadIdx = {in_block % blockDim.x, in_block / blockDim.x % blockDim.y, in_block / (blockDim.x * blockDim.y)};
+  blockIdx = {first_block.x + thread / threads, first_block.y, first_block.z};
 #if SIMT_ASAN
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, fibers[thread].stack, kStack);
 #endif
@@ -198,31 +209,36 @@ void wait() {
   to_scheduler();
 }
 
-unsigned char* reserve(size_t bytes, Site site) {
-  const size_t at = (arena_used + 127) / 128 * 128;
-  arena_used = at + bytes + kGap;
-  if (arena_used > kMostShared + 4096) fail("more shared memory than a block can have", site);
-  ASAN_UNPOISON_MEMORY_REGION(arena + at, bytes);
-  std::memset(arena + at, 0xff, bytes);
-  return arena + at;
+size_t reserve(Block& block, size_t bytes, Site site) {
+  const size_t at = (block.used + 127) / 128 * 128;
+  block.used = at + bytes + kGap;
+  if (block.used > kMostShared + 4096) fail("more shared memory than a block can have", site);
+  ASAN_UNPOISON_MEMORY_REGION(block.arena + at, bytes);
+  std::memset(block.arena + at, 0xff, bytes);
+  return at;
 }
 
-void start_block(size_t dynamic) {
-  ASAN_POISON_MEMORY_REGION(arena, kMostShared + 8192);
-  arrays.clear(), arena_used = 0;
-  dynamic_at = reserve(dynamic, {"dynamic shared memory", "", 0}) - arena;
-  whole.came = 0;
+void start_cluster(size_t dynamic) {
+  for (size_t rank = 0; rank < blocks.size(); ++rank) {
+    Block& block = blocks[rank];
+    block.arena = arena + rank * kArena;
+    ASAN_POISON_MEMORY_REGION(block.arena, kArena);
+    block.arrays.clear(), block.used = 0, block.whole.came = 0;
+    block.dynamic_at = reserve(block, dynamic, {"dynamic shared memory", "", 0});
+  }
+  everyone.came = 0;
   for (Meeting& warp : warps) warp.came = 0;
-  for (int i = 0; i < threads; ++i) prepare(i);
-  races::start_block(arena, kMostShared + 8192, threads);
+  for (size_t i = 0; i < fibers.size(); ++i) prepare(static_cast<int>(i));
+  races::start_cluster(arena, kArena, static_cast<int>(blocks.size()), threads);
 }
 
-void run_block() {
-  int left = threads;
+void run_cluster() {
+  const int count = static_cast<int>(fibers.size());
+  int left = count;
   while (left && failure.empty()) {
     bool ran = false;
-    for (int turn = 0; turn < threads && failure.empty(); ++turn) {
-      const int thread = order_code ? threads - 1 - turn : turn;
+    for (int turn = 0; turn < count && failure.empty(); ++turn) {
+      const int thread = order_code ? count - 1 - turn : turn;
       if (fibers[thread].state != State::runnable) continue;
       ran = true;
       to_fiber(thread);
@@ -231,7 +247,7 @@ void run_block() {
     if (ran || !failure.empty()) continue;
     int waits = 0, other = -1;
     while (fibers[waits].state != State::waiting) ++waits;
-    for (int i = 0; i < threads; ++i) {
+    for (int i = 0; i < count; ++i) {
       const Site a = fibers[i].site, b = fibers[waits].site;
       if (fibers[i].state == State::done || a.line != b.line || std::strcmp(a.file, b.file)) other = i;
     }
@@ -263,12 +279,29 @@ void fail(const char* message, Site site) {
 int lane() { return current % kWarp; }
 
 void meet_block(Site site) {
-  if (arrive(whole, threads, site)) {
-    races::next_block_epoch();
-    release(0, threads);
+  const int rank = current / threads;
+  if (arrive(blocks[rank].whole, threads, site)) {
+    races::next_block_epoch(rank);
+    release(rank * threads, threads);
   } else {
     wait();
   }
+}
+
+void meet_cluster(Site site) {
+  if (arrive(everyone, static_cast<int>(fibers.size()), site)) {
+    races::next_cluster_epoch();
+    release(0, static_cast<int>(fibers.size()));
+  } else {
+    wait();
+  }
+}
+
+void* of_rank(const void* shared, unsigned rank, Site site) {
+  const size_t at = static_cast<const unsigned char*>(shared) - own_block().arena;
+  if (at >= own_block().used) fail("not an address in this block's shared memory", site);
+  if (rank >= blocks.size()) fail("no block of this rank in the cluster", site);
+  return blocks[rank].arena + at;
 }
 
 Slot* meet_warp(const void* mine, size_t bytes, void (*combine)(Slot*), Site site) {
@@ -288,15 +321,15 @@ Slot* meet_warp(const void* mine, size_t bytes, void (*combine)(Slot*), Site sit
 }
 
 void* static_shared(const void* key, size_t bytes, Site site) {
-  for (const Array& array : arrays) {
-    if (array.key == key) return arena + array.at;
+  Block& block = own_block();
+  for (const Array& array : block.arrays) {
+    if (array.key == key) return block.arena + array.at;
   }
-  unsigned char* p = reserve(bytes, site);
-  arrays.push_back({key, static_cast<size_t>(p - arena)});
-  return p;
+  block.arrays.push_back({key, reserve(block, bytes, site)});
+  return block.arena + block.arrays.back().at;
 }
 
-unsigned char* dynamic_shared() { return arena + dynamic_at; }
+unsigned char* dynamic_shared() { return own_block().arena + own_block().dynamic_at; }
 
 void note(const void* p, size_t bytes, bool write, const void* from) { races::access(current, p, bytes, write, from); }
 
@@ -304,8 +337,8 @@ void async_copy(void* shared, const void* global, int bytes, int valid, Site sit
   check_aligned(shared, bytes, site);
   if (valid < 0 || valid > bytes) fail("the valid bytes of a copy are not among its bytes", site);
   if (valid) check_aligned(global, bytes, site);
-  const size_t at = static_cast<unsigned char*>(shared) - arena;
-  if (at > arena_used) fail("the copy's target is not shared memory", site);
+  const size_t at = static_cast<unsigned char*>(shared) - own_block().arena;
+  if (at > own_block().used) fail("the copy's target is not shared memory", site);
   races::access(current, shared, bytes, true, __builtin_return_address(0));
   std::memset(shared, 0xff, bytes);
   fibers[current].copies.push_back({shared, global, bytes, valid, fibers[current].groups, site});
@@ -328,26 +361,28 @@ void async_wait(int pending) {
   own.copies.resize(kept);
 }
 
-void run(const char* kernel, dim3 grid, dim3 block, size_t bytes, void (*body)(const void*), const void* closure) {
+void run(const char* kernel, dim3 grid, dim3 block, unsigned cluster, size_t bytes, void (*body)(const void*),
+         const void* closure) {
   const std::string prefix = std::string(kernel) + ": ";
   const size_t count = size_t{block.x} * block.y * block.z;
   if (count == 0 || count > 1024 || count % kWarp) throw Error(prefix + "blocks are whole warps, 32 to 1024 threads");
   if (!grid.x || !grid.y || !grid.z) throw Error(prefix + "an empty grid");
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) throw Error(prefix + "a grid larger than CUDA allows");
   if (bytes > kMostShared) throw Error(prefix + "more dynamic shared memory than a block can have");
+  if (!cluster || cluster > kMostBlocks || grid.x % cluster) throw Error(prefix + "a grid of no whole clusters");
   threads = static_cast<int>(count), gridDim = grid, blockDim = block;
-  reserve_stacks(count);
-  if (!arena) arena = static_cast<unsigned char*>(aligned_alloc(4096, kMostShared + 8192 + 4096 - (kMostShared % 4096)));
-  fibers.resize(count), warps.resize(count / kWarp);
+  reserve_stacks(count * cluster);
+  if (!arena) arena = static_cast<unsigned char*>(aligned_alloc(4096, kArena * kMostBlocks));
+  fibers.resize(count * cluster), warps.resize(count / kWarp * cluster), blocks.resize(cluster);
   kernel_body = body, kernel_closure = closure;
   failure.clear();
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  for (uint64_t turn = 0; turn < blocks; ++turn) {
-    const uint64_t at = order_code ? blocks - 1 - turn : turn;
-    blockIdx = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
-                static_cast<unsigned>(at / grid.x / grid.y)};
-    start_block(bytes);
-    run_block();
+  const uint64_t all = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t turn = 0; turn < all; turn += cluster) {
+    const uint64_t at = order_code ? all - cluster - turn : turn;
+    first_block = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
+                   static_cast<unsigned>(at / grid.x / grid.y)};
+    start_cluster(bytes);
+    run_cluster();
     if (!failure.empty()) throw Error(prefix + "block " + std::to_string(at) + ": " + failure);
   }
 }

@@ -1,6 +1,6 @@
 // The host's side of csrc/cuda/device.h: enough of CUDA's names for a .cu source to compile with g++ and run on a CPU.
 //
-// Blocks run one after another, a block's threads as fibers. A barrier, shuffle, vote or warp-wide instruction is a
+// Blocks run one after another, or cluster by cluster, their threads as fibers. A barrier, shuffle, vote or warp-wide instruction is a
 // meeting; one that a thread never reaches, or reaches at another line, is an error that names file and line. Shared
 // memory starts as 0xFF bytes, and so does the target of an asynchronous copy until its wait. See simt.cpp.
 #pragma once
@@ -98,6 +98,10 @@ struct Site {
 [[noreturn]] void fail(const char* message, Site site);
 
 void meet_block(Site site);
+void meet_cluster(Site site);
+
+// What stands at `shared` in the block of this rank of the running cluster.
+void* of_rank(const void* shared, unsigned rank, Site site);
 
 // Brings `bytes` to a meeting of the warp. The last lane runs combine(slots) if given; all get the 32 slots, valid
 // until the lane's next meeting.
@@ -127,11 +131,12 @@ void async_copy(void* shared, const void* global, int bytes, int valid, Site sit
 void async_commit();
 void async_wait(int pending);
 
-void run(const char* kernel, dim3 grid, dim3 block, size_t bytes, void (*body)(const void*), const void* closure);
+void run(const char* kernel, dim3 grid, dim3 block, unsigned cluster, size_t bytes, void (*body)(const void*),
+         const void* closure);
 
 template <class Body>
-void launch(const char* kernel, dim3 grid, dim3 block, size_t bytes, const Body& body) {
-  run(kernel, grid, block, bytes, [](const void* closure) { (*static_cast<const Body*>(closure))(); }, &body);
+void launch(const char* kernel, dim3 grid, dim3 block, unsigned cluster, size_t bytes, const Body& body) {
+  run(kernel, grid, block, cluster, bytes, [](const void* closure) { (*static_cast<const Body*>(closure))(); }, &body);
 }
 
 inline void check_aligned(const void* p, size_t to, Site site) {
@@ -147,7 +152,9 @@ inline void check_aligned(const void* p, size_t to, Site site) {
       ::simt::static_shared(&simt_key_##name, sizeof(T) * (n), {"shared " #name, __FILE__, __LINE__}))
 #define FASTVDIFF_DYNAMIC_SHARED(name) unsigned char* const name = ::simt::dynamic_shared()
 #define FASTVDIFF_LAUNCH(kernel, grid, block, bytes, stream, ...) \
-  ((void)(stream), ::simt::launch(#kernel, grid, block, bytes, [&] { kernel(__VA_ARGS__); }))
+  ((void)(stream), ::simt::launch(#kernel, grid, block, 1, bytes, [&] { kernel(__VA_ARGS__); }))
+#define FASTVDIFF_LAUNCH_CLUSTERS(kernel, grid, block, cluster, bytes, stream, ...) \
+  ((void)(stream), ::simt::launch(#kernel, grid, block, cluster, bytes, [&] { kernel(__VA_ARGS__); }))
 
 namespace fastvdiff::cuda {
 
@@ -160,6 +167,11 @@ template <class Kernel>
 void allow_shared(Kernel, size_t) {}
 
 inline void sync_threads(SIMT_HERE) { simt::meet_block({"sync_threads", file, line}); }
+inline void sync_cluster(SIMT_HERE) { simt::meet_cluster({"sync_cluster", file, line}); }
+template <class T>
+const T* of_rank(const T* shared, unsigned rank, SIMT_HERE) {
+  return static_cast<const T*>(simt::of_rank(shared, rank, {"of_rank", file, line}));
+}
 inline void sync_warp(SIMT_HERE) { simt::meet_warp(nullptr, 0, nullptr, {"sync_warp", file, line}); }
 
 template <class T>

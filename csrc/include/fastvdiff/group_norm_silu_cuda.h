@@ -48,4 +48,9 @@ int64_t group_norm_silu_workspace(const GroupNormSiluParams& p, bool backward);
 void group_norm_silu_forward(const GroupNormSiluParams& p, void* stream);
 void group_norm_silu_backward(const GroupNormSiluParams& p, void* stream);
 
+// The forward on clusters of `ranks` (1 to 8) blocks that hold a column of `groups` groups in their shared memory: from
+// capability 9.0 on, channels_last, for addresses and strides that are whole 16-byte accesses, no workspace, no `stats`.
+bool group_norm_silu_resident_takes(const GroupNormSiluParams& p);
+void group_norm_silu_resident_forward(const GroupNormSiluParams& p, int groups, int ranks, void* stream);
+
 }  // namespace fastvdiff::cuda
