@@ -58,12 +58,14 @@ void launch_clusters(const char* name, void (*kernel)(Parameters...), dim3 grid,
   check(name, cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-// Every thread of the cluster comes here; what they wrote before, the others see after. Whatever the architecture, so
-// that kernels of clusters compile for older ones too, which never run them.
+// Every thread of the cluster comes here; what they wrote before, the others see after. Kernels of clusters compile for
+// older architectures too, and stop there.
 __device__ __forceinline__ void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
+#else
+  __trap();
 #endif
 }
 // What stands at `shared` in the block of this rank, until that block ends.

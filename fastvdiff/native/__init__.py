@@ -71,17 +71,22 @@ def cuda_architectures() -> tuple[str, ...]:
     return tuple(library().cuda_architectures)
 
 
-def runs_on(capability: tuple[int, int]) -> bool:
-    """Whether this build has CUDA kernels for a device of this compute capability."""
-    return any(_covers(built, capability) for built in cuda_architectures())
+def runs_on(capability: tuple[int, int], least: int = 0) -> bool:
+    """Whether this build has CUDA kernels for a device of this compute capability.
+
+    least: 90 leaves out code for older architectures than 9.0, which a newer device may run as well.
+    """
+    return any(_covers(built, capability, least) for built in cuda_architectures())
 
 
-def _covers(built: str, capability: tuple[int, int]) -> bool:
+def _covers(built: str, capability: tuple[int, int], least: int) -> bool:
     """Machine code runs within its major version (that of 90a on 9.0 alone), PTX on anything newer."""
     name, _, kind = built.partition("-")
     if not name[:1].isdigit():  # native, all, all-major: whoever built it meant this device
         return True
     number, own = name.rstrip("af"), capability[0] * 10 + capability[1]
+    if int(number) < least:
+        return False
     if name != number:
         return own == int(number)
     same = own // 10 == int(number) // 10 and own >= int(number)

@@ -183,22 +183,22 @@ def on_triton(facts: Facts) -> str | None:
 
 def on_cuda(facts: Facts) -> str | None:
     """What every CUDA C++ kernel asks for: an NVIDIA GPU that this build has code for, no float64."""
+    return _for_cuda(facts) or _not_built_for_this()
+
+
+def on_sm90(facts: Facts) -> str | None:
+    """What a kernel of clusters asks for besides: capability 9.0 or 10.0, and code compiled for it."""
+    return _for_cuda(facts) or _no_clusters_on_this()
+
+
+def _for_cuda(facts: Facts) -> str | None:
     if facts.device != "cuda":
         return f"runs on NVIDIA GPUs, not {facts.device}"
     if facts.dtype == torch.float64:
         return "no float64 kernel: the reference keeps its precision"
     if torch.version.hip is not None:
         return "runs on NVIDIA GPUs, not ROCm devices"
-    return _not_built_for_this()
-
-
-def on_sm90(facts: Facts) -> str | None:
-    """What a kernel of clusters asks for besides: capability 9.0 or 10.0."""
-    return on_cuda(facts) or _not_a_data_centre_gpu()
-
-
-def _not_a_data_centre_gpu() -> str | None:
-    return None if torch.cuda.get_device_capability()[0] in (9, 10) else "runs on compute capability 9.0 and 10.0"
+    return None
 
 
 def _not_built_for_this() -> str | None:
@@ -206,13 +206,21 @@ def _not_built_for_this() -> str | None:
     return _not_built_for(*torch.cuda.get_device_capability())
 
 
+def _no_clusters_on_this() -> str | None:
+    """`_not_built_for_this` of the kernels of clusters, which code for an older architecture does not hold."""
+    major, minor = torch.cuda.get_device_capability()
+    if major not in (9, 10):
+        return f"runs on compute capability 9.0 and 10.0, not {major}.{minor}"
+    return _not_built_for(major, minor, least=90)
+
+
 # torch.compiler.assume_constant_result without its import of Dynamo, which costs a second.
-for _of_this_device in (_not_built_for_this, _not_a_data_centre_gpu):
+for _of_this_device in (_not_built_for_this, _no_clusters_on_this):
     _of_this_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _not_built_for(major: int, minor: int) -> str | None:
+def _not_built_for(major: int, minor: int, least: int = 0) -> str | None:
     native = importlib.import_module("fastvdiff.native")
     try:
         built = native.cuda_architectures()
@@ -220,7 +228,7 @@ def _not_built_for(major: int, minor: int) -> str | None:
         return str(error)
     if not built:
         return "built without CUDA: with nvcc on the PATH, rebuild: FASTVDIFF_CUDA=ON pip install -e ."
-    if not native.runs_on((major, minor)):
+    if not native.runs_on((major, minor), least):
         return f"built for {', '.join(built)}, not for compute capability {major}.{minor}"
     return None
 

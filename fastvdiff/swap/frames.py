@@ -52,6 +52,6 @@ def convolve(
 
 def onto(y: torch.Tensor, term: torch.Tensor, owned: Any = True) -> torch.Tensor:
     """y + term, in y's own memory where nobody else holds it (`owned`) and autograd does not record."""
-    if owned and not torch.is_grad_enabled() and torch.result_type(y, term) == y.dtype:
+    if owned and not torch.is_grad_enabled() and torch.promote_types(y.dtype, term.dtype) == y.dtype:
         return y.add_(term)
     return y + term

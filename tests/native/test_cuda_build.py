@@ -37,6 +37,12 @@ def test_what_a_build_covers(built: str, capability: tuple[int, int], runs: bool
         assert native.runs_on(capability) == runs
 
 
+@pytest.mark.parametrize(("built", "runs"), [("80", False), ("90a-real", True), ("90", True), ("80-virtual", False)])
+def test_code_for_older_devices_has_no_clusters(built: str, runs: bool) -> None:
+    with mock.patch.object(native, "cuda_architectures", return_value=(built,)):
+        assert native.runs_on((9, 0), least=90) == runs
+
+
 @pytest.mark.parametrize(
     ("built", "sentence"),
     [((), "built without CUDA"), (("90a-real",), "built for 90a-real, not for compute capability 8.0")],

@@ -16,7 +16,7 @@ import fastvdiff
 from fastvdiff.swap import SwapReport, classes
 from fastvdiff.swap.report import Entry
 from fastvdiff.swap.verification import verify
-from tests.closeness import GRADIENT_SCALE, assert_close, limit, relative_error
+from tests.closeness import FORWARD_RATIO, GRADIENT_SCALE, limit, relative_error
 
 Inputs = dict[str, Any]
 
@@ -28,7 +28,7 @@ def sample_of(result: Any) -> torch.Tensor:
     return result[0] if isinstance(result, (tuple, list)) else result
 
 
-def _results(model: nn.Module, inputs: Inputs, wide: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _gradients(model: nn.Module, inputs: Inputs, wide: bool) -> dict[str, torch.Tensor]:
     leaves = {}
 
     def fresh(value: Any) -> Any:
@@ -43,7 +43,7 @@ def _results(model: nn.Module, inputs: Inputs, wide: bool) -> tuple[torch.Tensor
     leaves |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
     grads = torch.autograd.grad(y, list(leaves.values()), cotangent, allow_unused=True)
-    return y, {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), grads, strict=True)}
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), grads, strict=True)}
 
 
 def hold(model: nn.Module, inputs: Inputs, dtype: torch.dtype = torch.float32) -> SwapReport:
@@ -51,37 +51,76 @@ def hold(model: nn.Module, inputs: Inputs, dtype: torch.dtype = torch.float32) -
 
     Parameters are drawn anew, so that layers which start at zero take part.
     """
-    torch.manual_seed(7)
+    _draw_parameters(model, 7)
+    parameters, keys = list(model.parameters()), list(model.state_dict())
+    eager = _gradients(model, inputs, wide=False)
+    oracle = _gradients(copy.deepcopy(model).double(), inputs, wide=True)
+    with torch.no_grad():
+        torch.manual_seed(11)
+        inference = sample_of(model(**inputs)), torch.get_rng_state()
+    twin = copy.deepcopy(model)
+    report = fastvdiff.swap_kernels(model)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == keys
+    swapped = _gradients(model, inputs, wide=False)
+    _hold_gradients(swapped, oracle, eager, dtype)
+    for measured in verify(model, _one_of_each(report), (), inputs, 0.0, whole=False).modules:
+        assert not measured.failures, f"{measured.path}: {measured.failures}"
+    with torch.no_grad():
+        torch.manual_seed(11)
+        model(**inputs)
+        assert torch.equal(torch.get_rng_state(), inference[1]), "other random numbers were drawn"
+    _hold_output(model, twin, inputs, dtype)
+    report.undo()
+    with torch.no_grad():
+        _draw_parameters(model, 7)
+        torch.manual_seed(11)
+        assert torch.equal(sample_of(model(**inputs)), inference[0]), "undo is not bitwise"
+    assert not any(classes.is_swapped(m) for m in model.modules())
+    return report
+
+
+def _draw_parameters(model: nn.Module, seed: int) -> None:
+    torch.manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, std=p[0].numel() ** -0.5)
             else:
                 p.normal_(1.0 if name.endswith("weight") else 0.0, 0.2)
-    parameters, keys = list(model.parameters()), list(model.state_dict())
-    eager = _results(model, inputs, wide=False)
-    oracle = _results(copy.deepcopy(model).double(), inputs, wide=True)
-    with torch.no_grad():
-        torch.manual_seed(11)
-        inference = sample_of(model(**inputs)), torch.get_rng_state()
-    report = fastvdiff.swap_kernels(model)
-    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-    assert list(model.state_dict()) == keys
-    swapped = _results(model, inputs, wide=False)
-    assert_close(swapped[0], oracle[0], eager[0], dtype=dtype)
-    _hold_gradients(swapped[1], oracle[1], eager[1], dtype)
-    for measured in verify(model, _one_of_each(report), (), inputs, 0.0, whole=False).modules:
-        assert not measured.failures, f"{measured.path}: {measured.failures}"
-    with torch.no_grad():
-        torch.manual_seed(11)
-        assert_close(sample_of(model(**inputs)), oracle[0], eager[0], dtype=dtype, what="output without a gradient")
-        assert torch.equal(torch.get_rng_state(), inference[1]), "other random numbers were drawn"
-    report.undo()
-    with torch.no_grad():
-        torch.manual_seed(11)
-        assert torch.equal(sample_of(model(**inputs)), inference[0]), "undo is not bitwise"
-    assert not any(classes.is_swapped(m) for m in model.modules())
-    return report
+
+
+def _hold_output(model: nn.Module, twin: nn.Module, inputs: Inputs, dtype: torch.dtype, draws: int = 12) -> None:
+    """The root mean square error of a swapped `model`'s output over draws of its parameters, beside its eager twin's.
+
+    In one draw the rounding errors of a chain of layers add up or cancel: the ratio to eager's error lay between 0.2
+    and 1.6 in an autoencoder whose root mean square over 16 draws was 0.9 of eager's.
+    """
+    wide = copy.deepcopy(twin).double()
+    errors: dict[str, list[float]] = {"eager": [], "recorded": [], "not recorded": []}
+    for seed in range(draws):
+        for network in (model, twin):
+            _draw_parameters(network, seed)
+        wide.load_state_dict(twin.state_dict())
+        ways = {"eager": (twin, False), "recorded": (model, True), "not recorded": (model, False)}
+        with torch.no_grad():
+            torch.manual_seed(11)
+            oracle = sample_of(wide(**tree_map(_double, inputs)))
+        for way, (network, recorded) in ways.items():
+            with torch.set_grad_enabled(recorded):
+                torch.manual_seed(11)
+                y = sample_of(network(**inputs)).detach()
+            assert y.shape == oracle.shape
+            assert torch.isfinite(y).all()
+            errors[way].append(relative_error(y, oracle, 0.0))
+    eager, *found = (sum(e**2 for e in of_way) ** 0.5 / draws**0.5 for of_way in errors.values())
+    for way, error in zip(list(errors)[1:], found, strict=True):
+        allowed = limit(eager, dtype, FORWARD_RATIO)
+        assert error <= allowed, f"output, {way}: relative error {error:.2e} > {allowed:.2e} (eager's {eager:.2e})"
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _hold_gradients(

@@ -1,4 +1,4 @@
-"""Convolutions over frames: diffusers' TemporalConvLayer, TemporalResnetBlock and AlphaBlender."""
+"""Convolutions over frames, of diffusers, ModelScope and VideoCrafter; the mixture of space and time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastvdiff.swap.frames import as_video, convolve, dense
-from fastvdiff.swap.target import Target, dropping, plain, register, silu, untouched
+from fastvdiff.swap.target import UNRELATED, Target, dropping, plain, register, silu, takes, untouched
 
 from .sequences import fuses, norm_silu
 
@@ -29,14 +29,32 @@ def _layer(layer: nn.Module, eager: Any, hidden_states: torch.Tensor, num_frames
     h = as_video(hidden_states, num_frames)
     if not (fuses(h, stacks[0][0]) and all(_fusable(s) for s in stacks)):
         return eager(layer, hidden_states, num_frames)
-    h = dense(h, as_eager=dropping(layer))
+    h = _through(stacks, dense(h, as_eager=dropping(layer)))
+    # The sum in the input's layout is the way back to frames as well.
+    return (hidden_states.unflatten(0, (-1, num_frames)) + h.transpose(1, 2)).flatten(0, 1)
+
+
+def _check_latent(layer: nn.Module) -> str | None:
+    if getattr(layer, "use_image_dataset", False):
+        return "it is for images: its result is multiplied by zero"
+    return _check_layer(layer)
+
+
+def _latent(layer: nn.Module, eager: Any, x: torch.Tensor) -> torch.Tensor:
+    stacks = [getattr(layer, name) for name in _STACK]
+    if x.dim() != 5 or not (fuses(x, stacks[0][0]) and all(_fusable(s) for s in stacks)):
+        return eager(layer, x)
+    return x + _through(stacks, dense(x, as_eager=dropping(layer)))
+
+
+def _through(stacks: list[nn.Sequential], h: torch.Tensor) -> torch.Tensor:
+    """A video h through stacks of GroupNorm, SiLU, Dropout or none, Conv3d."""
     for stack in stacks:
         h = norm_silu(h, stack[0])
         if len(stack) == 4:
             h = stack[2](h)
         h = convolve(stack[-1], h)
-    # The sum in the input's layout is the way back to frames as well.
-    return (hidden_states.unflatten(0, (-1, num_frames)) + h.transpose(1, 2)).flatten(0, 1)
+    return h
 
 
 def _fusable(stack: nn.Sequential) -> bool:
@@ -70,7 +88,11 @@ def _check_blender(blender: nn.Module) -> str | None:
     known = ("learned", "fixed", "learned_with_images")
     if getattr(blender, "merge_strategy", None) not in known or not hasattr(blender, "get_alpha"):
         return f"merge_strategy is none of {', '.join(known)}"
-    return None
+    return None if takes(blender, "image_only_indicator", "ndims", method="get_alpha") else UNRELATED
+
+
+def _check_sgm_blender(blender: nn.Module) -> str | None:
+    return None if takes(blender, "image_only_indicator", method="get_alpha") else UNRELATED
 
 
 def _blend(
@@ -86,10 +108,21 @@ def _blend(
     return torch.lerp(first, last, alpha)
 
 
+def _blend_sgm(
+    blender: nn.Module, eager: Any, x_spatial: torch.Tensor, x_temporal: torch.Tensor,
+    image_only_indicator: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    if x_spatial.dtype != x_temporal.dtype:
+        return eager(blender, x_spatial, x_temporal, image_only_indicator)
+    return torch.lerp(x_temporal, x_spatial, blender.get_alpha(image_only_indicator).to(x_spatial.dtype))
+
+
+_STACKED = "GroupNorm and SiLU in one pass, 4 times; convolutions and sums without permuted copies"
 register(
-    Target(("TemporalConvLayer",), "GroupNorm and SiLU in one pass, 4 times; convolutions and sums without permuted"
-           " copies", _check_layer, _layer, temporal=True),
+    Target(("TemporalConvLayer",), _STACKED, _check_layer, _layer, temporal=True),
+    Target(("TemporalConvBlock", "TemporalConvBlock_v2"), _STACKED, _check_latent, _latent, temporal=True),
     Target(("TemporalResnetBlock",), "GroupNorm and SiLU in one pass, twice; the time embedding added by the"
            " convolution", _check_block, _block, temporal=True),
     Target(("AlphaBlender",), "the mixture in one pass", _check_blender, _blend),
+    Target(("AlphaBlender",), "the mixture in one pass", _check_sgm_blender, _blend_sgm),
 )  # fmt: skip

@@ -1,0 +1,132 @@
+"""ModelScope's and VideoCrafter's U-Nets, as doubles."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastvdiff
+from tests.swap import contract, doubles_lvdm, doubles_modelscope
+
+FRAMES = 5
+
+
+def lvdm(**options: Any) -> tuple[nn.Module, contract.Inputs]:
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 4, FRAMES, 6, 8), "timesteps": torch.tensor([7, 500]),
+              "context": torch.randn(2, 5, 12)}  # fmt: skip
+    return doubles_lvdm.UNetModel(**options), inputs
+
+
+def modelscope(**options: Any) -> tuple[nn.Module, contract.Inputs]:
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 4, FRAMES, 6, 7), "t": torch.tensor([7, 500]), "y": torch.randn(2, 5, 12)}
+    return doubles_modelscope.UNetSD(**options), inputs
+
+
+# in_layers and out_layers of every ResBlock, and the last norm, are found as Sequentials besides.
+PLAIN = {"ResBlock": 3, "TemporalTransformer": 1, "Sequential": 7}
+WITH_CONVOLUTIONS = {**PLAIN, "TemporalConvBlock": 3, "Sequential": 19}
+MAKES = {
+    "lvdm": (lvdm, PLAIN),
+    "lvdm temporal convolutions": (partial(lvdm, use_temporal_conv=True), WITH_CONVOLUTIONS),
+    "lvdm 3x3x3": (partial(lvdm, use_temporal_conv=True, tempspatial_aware=True), WITH_CONVOLUTIONS),
+    "lvdm scale_shift": (partial(lvdm, use_scale_shift_norm=True, use_checkpoint=True), PLAIN),
+    "lvdm causal": (partial(lvdm, transformer={"causal_attention": True}), PLAIN),
+    "lvdm linear": (partial(lvdm, transformer={"use_linear": True}), PLAIN),
+    "modelscope": (modelscope, {"ResBlock": 2, "TemporalTransformer": 1, "TemporalConvBlock_v2": 2, "Sequential": 13}),
+}
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_output_every_gradient_keys_and_undo(name: str) -> None:
+    make, replaced = MAKES[name]
+    model, inputs = make()
+    report = contract.hold(model.eval(), inputs)
+    assert contract.counts(report) == replaced
+    assert contract.refusals(report.refused) == {"GroupNorm": 1}  # the spatial transformer's
+
+
+def test_learned_relative_positions_are_left_alone_with_the_rest_swapped() -> None:
+    model, inputs = lvdm(transformer={"relative_position": True})
+    report = contract.hold(model.eval(), inputs)
+    assert "TemporalTransformer" not in contract.counts(report)
+    assert contract.counts(report)["ResBlock"] == 3
+    reasons = {e.what: e.why for e in report.refused}
+    assert "learned relative positions" in reasons["TemporalTransformer"]
+
+
+def test_modules_for_images_are_left_alone() -> None:
+    model, inputs = modelscope(use_image_dataset=True)
+    report = contract.hold(model.eval(), inputs)
+    reasons = {e.what: e.why for e in report.refused}
+    assert "multiplied by zero" in reasons["TemporalTransformer"]
+    assert "multiplied by zero" in reasons["TemporalConvBlock_v2"]
+
+
+@pytest.mark.parametrize(
+    "make", [partial(lvdm, use_temporal_conv=True, use_checkpoint=True), modelscope], ids=["lvdm", "modelscope"]
+)
+def test_training_with_dropout_follows_eager(make: Any) -> None:
+    contract.hold_training(lambda: make()[0], make()[1], torch.randn(make()[1]["x"].shape))
+
+
+@pytest.mark.parametrize("make", [partial(lvdm, use_temporal_conv=True), modelscope], ids=["lvdm", "modelscope"])
+def test_no_graph_break_is_added(make: Any) -> None:
+    model, inputs = make()
+    fastvdiff.swap_kernels(model.eval())
+    with torch.no_grad():
+        assert contract.graphs_and_breaks(model, inputs) == (1, 0)
+
+
+@pytest.mark.parametrize("make", [lvdm, modelscope], ids=["lvdm", "modelscope"])
+def test_save_load_and_autocast(make: Any) -> None:
+    contract.hold_round_trip(make()[0], *make())
+
+
+def test_the_librarys_own_checkpointing_goes_on() -> None:
+    """A checkpointed block keeps its input alone, swapped or not."""
+    kept = {}
+    for checkpointing in (False, True):
+        model, inputs = lvdm(use_checkpoint=checkpointing, transformer={"use_checkpoint": checkpointing})
+        fastvdiff.swap_kernels(model.eval())
+        with (held := contract.Kept()):
+            model(**inputs)
+        kept[checkpointing] = held.bytes
+    assert kept[True] < 0.7 * kept[False]
+
+
+def test_temporal_layers_recomputed_keep_less() -> None:
+    contract.hold_checkpointing(*lvdm(use_temporal_conv=True, transformer={"use_checkpoint": False}))
+
+
+def test_attention_that_gives_itself_xformers_forward_is_known() -> None:
+    class CrossAttention(doubles_lvdm.CrossAttention):
+        def efficient_forward(self, x: torch.Tensor, context: Any = None, mask: Any = None) -> torch.Tensor:
+            raise AssertionError("not called: the block computes it")
+
+    model, inputs = lvdm()
+    with torch.no_grad():
+        before = model.eval()(**inputs)
+    for attention in (model.blocks[2].transformer_blocks[0].attn1, model.blocks[2].transformer_blocks[0].attn2):
+        attention.__class__ = CrossAttention
+        attention.forward = attention.efficient_forward
+    fastvdiff.swap_kernels(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_inside_a_block_is_called() -> None:
+    model, inputs = lvdm(use_temporal_conv=True)
+    seen: list[str] = []
+    model.blocks[2].transformer_blocks[0].attn2.register_forward_hook(lambda *a: seen.append("attention"))
+    model.blocks[0].in_layers[0].register_forward_hook(lambda *a: seen.append("norm"))
+    with torch.no_grad():
+        before = model.eval()(**inputs)
+        fastvdiff.swap_kernels(model)
+        torch.testing.assert_close(model(**inputs), before, rtol=1e-4, atol=1e-5)
+    assert seen == ["norm", "attention"] * 2
