@@ -99,11 +99,14 @@ def over_frames(
 
 def over_text(attn: nn.Module, h: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """attn of tokens h (B, N, C) to text (B, L, C_text): keys and values once for all that share a text."""
-    if text.shape[1] == 1 and not torch.is_grad_enabled():
+    one = text.shape[1] == 1
+    if one and not torch.is_grad_enabled():
         # One key has all the weight, whatever the query.
         return attn.to_out[0](attn.to_v(text)).expand(-1, h.shape[1], -1)
     q, k, v = (
         layer(t).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         for layer, t in ((attn.to_q, h), (attn.to_k, text), (attn.to_v, text))
     )
-    return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    # A softmax of one score has a gradient of zero, of which a fused backward leaves rounding errors.
+    y = (q @ k.transpose(-1, -2)).softmax(-1) @ v if one else F.scaled_dot_product_attention(q, k, v)
+    return attn.to_out[0](y.transpose(1, 2).flatten(2))

@@ -1,4 +1,4 @@
-"""ModelScope's and VideoCrafter's U-Nets, as doubles."""
+"""ModelScope's, VideoCrafter's and Stability's (sgm) U-Nets, as doubles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastvdiff
-from tests.swap import contract, doubles_lvdm, doubles_modelscope
+from tests.swap import contract, doubles_lvdm, doubles_modelscope, doubles_sgm
 
 FRAMES = 5
 
@@ -28,9 +28,19 @@ def modelscope(**options: Any) -> tuple[nn.Module, contract.Inputs]:
     return doubles_modelscope.UNetSD(**options), inputs
 
 
+def sgm(time_context: torch.Tensor | None = None, **options: Any) -> tuple[nn.Module, contract.Inputs]:
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2 * FRAMES, 4, 6, 7), "timesteps": torch.tensor([7, 500]).repeat_interleave(FRAMES),
+              "context": torch.randn(2, 3, 12).repeat_interleave(FRAMES, 0), "time_context": time_context,
+              "num_video_frames": FRAMES, "image_only_indicator": torch.zeros(2, FRAMES)}  # fmt: skip
+    inputs["image_only_indicator"][1, 2] = 1
+    return doubles_sgm.VideoUNet(**options), inputs
+
+
 # in_layers and out_layers of every ResBlock, and the last norm, are found as Sequentials besides.
 PLAIN = {"ResBlock": 3, "TemporalTransformer": 1, "Sequential": 7}
 WITH_CONVOLUTIONS = {**PLAIN, "TemporalConvBlock": 3, "Sequential": 19}
+SGM = {"VideoResBlock": 2, "ResBlock": 2, "SpatialVideoTransformer": 1, "AlphaBlender": 3, "Sequential": 9}
 MAKES = {
     "lvdm": (lvdm, PLAIN),
     "lvdm temporal convolutions": (partial(lvdm, use_temporal_conv=True), WITH_CONVOLUTIONS),
@@ -38,6 +48,17 @@ MAKES = {
     "lvdm scale_shift": (partial(lvdm, use_scale_shift_norm=True, use_checkpoint=True), PLAIN),
     "lvdm causal": (partial(lvdm, transformer={"causal_attention": True}), PLAIN),
     "lvdm linear": (partial(lvdm, transformer={"use_linear": True}), PLAIN),
+    "sgm": (partial(sgm, merge_strategy="learned_with_images"), SGM),
+    "sgm fixed": (partial(sgm, merge_strategy="fixed", use_checkpoint=True), SGM),
+    "sgm 3x3x3": (partial(sgm, video_kernel_size=(3, 3, 3), use_scale_shift_norm=True), SGM),
+    "sgm its own context": (
+        partial(sgm, torch.randn(2, 12), transformer={"use_spatial_context": False, "use_checkpoint": True}),
+        SGM,
+    ),
+    "sgm convolutions, no context": (
+        partial(sgm, transformer={"use_linear": False, "ff_in": False, "disable_temporal_crossattention": True}),
+        SGM,
+    ),
     "modelscope": (modelscope, {"ResBlock": 2, "TemporalTransformer": 1, "TemporalConvBlock_v2": 2, "Sequential": 13}),
 }
 
@@ -48,7 +69,8 @@ def test_output_every_gradient_keys_and_undo(name: str) -> None:
     model, inputs = make()
     report = contract.hold(model.eval(), inputs)
     assert contract.counts(report) == replaced
-    assert contract.refusals(report.refused) == {"GroupNorm": 1}  # the spatial transformer's
+    # The norm of the spatial transformer, which sgm's replaced one has inside.
+    assert contract.refusals(report.refused) == ({} if replaced is SGM else {"GroupNorm": 1})
 
 
 def test_learned_relative_positions_are_left_alone_with_the_rest_swapped() -> None:
@@ -69,13 +91,17 @@ def test_modules_for_images_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [partial(lvdm, use_temporal_conv=True, use_checkpoint=True), modelscope], ids=["lvdm", "modelscope"]
+    "make",
+    [partial(lvdm, use_temporal_conv=True, use_checkpoint=True), modelscope, sgm],
+    ids=["lvdm", "modelscope", "sgm"],
 )
 def test_training_with_dropout_follows_eager(make: Any) -> None:
     contract.hold_training(lambda: make()[0], make()[1], torch.randn(make()[1]["x"].shape))
 
 
-@pytest.mark.parametrize("make", [partial(lvdm, use_temporal_conv=True), modelscope], ids=["lvdm", "modelscope"])
+@pytest.mark.parametrize(
+    "make", [partial(lvdm, use_temporal_conv=True), modelscope, sgm], ids=["lvdm", "modelscope", "sgm"]
+)
 def test_no_graph_break_is_added(make: Any) -> None:
     model, inputs = make()
     fastvdiff.swap_kernels(model.eval())
@@ -83,7 +109,7 @@ def test_no_graph_break_is_added(make: Any) -> None:
         assert contract.graphs_and_breaks(model, inputs) == (1, 0)
 
 
-@pytest.mark.parametrize("make", [lvdm, modelscope], ids=["lvdm", "modelscope"])
+@pytest.mark.parametrize("make", [lvdm, modelscope, sgm], ids=["lvdm", "modelscope", "sgm"])
 def test_save_load_and_autocast(make: Any) -> None:
     contract.hold_round_trip(make()[0], *make())
 
@@ -102,6 +128,13 @@ def test_the_librarys_own_checkpointing_goes_on() -> None:
 
 def test_temporal_layers_recomputed_keep_less() -> None:
     contract.hold_checkpointing(*lvdm(use_temporal_conv=True, transformer={"use_checkpoint": False}))
+
+
+def test_attention_to_the_context_alone_is_left_alone() -> None:
+    model, inputs = sgm(transformer={"disable_self_attn": True})
+    report = contract.hold(model.eval(), inputs)
+    assert "SpatialVideoTransformer" not in contract.counts(report)
+    assert "to the context" in {e.what: e.why for e in report.refused}["SpatialVideoTransformer"]
 
 
 def test_attention_that_gives_itself_xformers_forward_is_known() -> None:

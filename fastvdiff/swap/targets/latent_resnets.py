@@ -77,11 +77,12 @@ def _forward(
         h, x = block.h_upd(h), block.x_upd(x)
     modulation = _embedded(block, emb, h.shape[2] if video else 0)
     added = None if block.use_scale_shift_norm or modulation is None else modulation.type(h.dtype)
-    if video:
+    if video and not dropping(block):
         h = convolve(first[2], h, added)
     else:
+        # The convolution itself, whose result's memory format decides where Dropout puts its random numbers.
         h = first[2](h)
-        h = h if added is None else onto(h, added[:, :, None, None], plain(first[2], nn.Conv2d))
+        h = h if added is None else onto(h, added[(..., *[None] * (h.dim() - added.dim()))], plain(first[2], nn.Conv2d))
     scale, shift = modulation.chunk(2, dim=1) if block.use_scale_shift_norm else (None, None)
     h = last[2](norm_silu(h, last[0], scale=scale, shift=shift))
     # A video's sum is in the input's layout, which is the way back to frames.
