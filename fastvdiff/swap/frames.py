@@ -37,7 +37,7 @@ def dense(video: torch.Tensor, as_eager: bool = False) -> torch.Tensor:
 def convolve(
     conv: nn.Module, x: torch.Tensor, channel_bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """conv(x) + channel_bias, (B, C, T) or None, + residual, of the result's shape or None.
+    """conv(x) + channel_bias, (B, C), (B, C, T) or None, + residual, of the result's shape or None.
 
     A plain Conv3d goes through its cheapest view, any other is called.
     """
@@ -46,8 +46,13 @@ def convolve(
                           channel_bias=channel_bias, residual=residual)  # fmt: skip
     y = conv(x)
     if channel_bias is not None:
-        y = y + channel_bias[..., None, None]
+        y = y + over_space(channel_bias, y)
     return y if residual is None else y + residual
+
+
+def over_space(channel_bias: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A channel_bias (B, C) or (B, C, T) as it broadcasts over y."""
+    return channel_bias[(..., *[None] * (y.dim() - channel_bias.dim()))]
 
 
 def onto(y: torch.Tensor, term: torch.Tensor, owned: Any = True) -> torch.Tensor:

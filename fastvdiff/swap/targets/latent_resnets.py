@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvdiff.swap.frames import as_frames, as_video, convolve, dense, onto
+from fastvdiff.swap.frames import as_frames, as_video, convolve, dense, onto, over_space
 from fastvdiff.swap.target import (
     UNRELATED,
     Target,
@@ -82,7 +82,7 @@ def _forward(
     else:
         # The convolution itself, whose result's memory format decides where Dropout puts its random numbers.
         h = first[2](h)
-        h = h if added is None else onto(h, added[(..., *[None] * (h.dim() - added.dim()))], plain(first[2], nn.Conv2d))
+        h = h if added is None else onto(h, over_space(added, h), plain(first[2], nn.Conv2d))
     scale, shift = modulation.chunk(2, dim=1) if block.use_scale_shift_norm else (None, None)
     h = last[2](norm_silu(h, last[0], scale=scale, shift=shift))
     # A video's sum is in the input's layout, which is the way back to frames.

@@ -1,0 +1,65 @@
+"""MONAI's ResNet blocks: doubles, and the library itself where it is installed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastvdiff
+from tests.swap import contract, doubles_monai
+
+SIZES = {2: (8, 6), 3: (4, 8, 6)}
+
+
+def network(spatial_dims: int) -> tuple[nn.Module, contract.Inputs]:
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 3, *SIZES[spatial_dims]), "timesteps": torch.tensor([7, 500])}
+    return doubles_monai.Network(spatial_dims), inputs
+
+
+@pytest.mark.parametrize("spatial_dims", SIZES)
+def test_output_every_gradient_keys_and_undo(spatial_dims: int) -> None:
+    model, inputs = network(spatial_dims)
+    report = contract.hold(model.eval(), inputs)
+    assert contract.counts(report) == {"DiffusionUNetResnetBlock": 3, "AEKLResBlock": 2}
+    assert "GroupNorm" not in contract.refusals(report.refused)
+
+
+def test_training_follows_eager() -> None:
+    contract.hold_training(lambda: network(3)[0], network(3)[1], torch.randn(2, 3, *SIZES[3]))
+
+
+def test_no_graph_break_is_added() -> None:
+    model, inputs = network(3)
+    fastvdiff.swap_kernels(model.eval())
+    with torch.no_grad():
+        assert contract.graphs_and_breaks(model, inputs) == (1, 0)
+
+
+def test_save_load_and_autocast() -> None:
+    contract.hold_round_trip(network(3)[0], *network(3))
+
+
+def test_hooks_on_a_convolution_are_called() -> None:
+    model, inputs = network(3)
+    seen: list[str] = []
+    model.blocks[0].conv1.register_forward_hook(lambda *a: seen.append("outer"))
+    model.blocks[0].conv2.conv.register_forward_hook(lambda *a: seen.append("inner"))
+    with torch.no_grad():
+        before = model.eval()(**inputs)
+        fastvdiff.swap_kernels(model)
+        torch.testing.assert_close(model(**inputs), before, rtol=1e-4, atol=1e-5)
+    assert seen == ["outer", "inner"] * 2
+
+
+def test_the_library_itself() -> None:
+    nets = pytest.importorskip("monai.networks.nets")
+    torch.manual_seed(0)
+    model = nets.DiffusionModelUNet(
+        spatial_dims=3, in_channels=3, out_channels=3, channels=(8, 16), attention_levels=(False, False),
+        num_res_blocks=1, norm_num_groups=4, resblock_updown=True,
+    )  # fmt: skip
+    inputs = {"x": torch.randn(2, 3, 8, 8, 8), "timesteps": torch.tensor([7, 500])}
+    report = contract.hold(model.eval(), inputs)
+    assert contract.counts(report)["DiffusionUNetResnetBlock"] >= 6
