@@ -11,7 +11,7 @@ from . import DTYPE_CODES, address, library, on_device, stream, wide
 
 _Optional = torch.Tensor | None
 _LAST = torch.channels_last_3d
-_FORWARD, _DATA_GRADIENT, _WEIGHT_GRADIENT = range(3)
+FORWARD, _DATA_GRADIENT, _WEIGHT_GRADIENT = range(3)
 
 
 class Geometry(NamedTuple):
@@ -42,7 +42,7 @@ class Prologue(NamedTuple):
 
 
 @dataclass
-class _Call:
+class Call:
     """One call of a pass; its fields become Conv3dParams."""
 
     geometry: Geometry
@@ -71,16 +71,20 @@ class _Call:
 
     def run(self, which: int, x: torch.Tensor) -> None:
         """Allocate the workspace and launch on the current stream of x's device."""
-        lib, numbers = library(), self.numbers
-        floats = lib.cuda_conv3d_workspace(which, numbers)
+        lib = library()
+        floats = lib.cuda_conv3d_workspace(which, self.numbers)
         if floats:
             self.tensors["workspace"] = torch.empty(floats, dtype=torch.float32, device=x.device)
+        with on_device(x):
+            lib.cuda_conv3d(which, *self.arguments(), stream(x))
+
+    def arguments(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Conv3dParams' addresses, strides and numbers."""
         addresses = tuple(address(self.tensors.get(name)) for name in _POINTERS)
         inputs = (_outer_strides(self.tensors.get(name)) for name in ("x", "prefix", "grad"))
         results = (self.tensors.get("y", self.tensors.get("dx")), self.tensors.get("residual"))
-        strides = (n for group in (*inputs, *map(_strides, results)) for n in group)
-        with on_device(x):
-            lib.cuda_conv3d(which, addresses, tuple(strides), numbers, stream(x))
+        strides = tuple(n for group in (*inputs, *map(_strides, results)) for n in group)
+        return addresses, strides, self.numbers
 
 
 _POINTERS = (
@@ -101,12 +105,23 @@ def forward(
     prologue: Prologue | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The result, in channels_last_3d if asked for, and its (B, G, 2) statistics (G = `stats_groups`, maybe 0)."""
+    call, y, stats = forward_call(
+        x, weight, bias, geometry, prefix, channel_bias, residual, stats_groups, out_size, channels_last, prologue
+    )
+    if y.numel():
+        call.run(FORWARD, x)
+    return y, stats
+
+
+def forward_call(
+    x: torch.Tensor, weight: torch.Tensor, bias: _Optional, geometry: Geometry, prefix: _Optional,
+    channel_bias: _Optional, residual: _Optional, stats_groups: int, out_size: tuple[int, ...], channels_last: bool,
+    prologue: Prologue | None = None, out: _Optional = None,
+) -> tuple[Call, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The call that `forward` runs, its result (`out` where given) and its statistics."""
     batch, out_channels = x.shape[0], weight.shape[0]
-    shape = (batch, out_channels, *out_size)
-    y = empty(shape, x, channels_last)
+    y = empty((batch, out_channels, *out_size), x, channels_last) if out is None else out
     stats = x.new_empty((batch, stats_groups, 2), dtype=torch.float32)
-    if not y.numel():
-        return y, stats
     call = _of(x, weight, geometry, out_size)
     call.tensors |= {
         "x": _rows(x), "prefix": None if prefix is None else _rows(prefix.to(x.dtype)), "weight": _packed(weight, x),
@@ -120,8 +135,7 @@ def forward(
     if prologue is not None:
         call.tensors["prologue"] = prologue.table
         call.prologue_frames, call.silu = prologue.table.shape[1], prologue.silu
-    call.run(_FORWARD, x)
-    return y, stats
+    return call, y, stats
 
 
 def input_gradient(
@@ -193,10 +207,10 @@ def plans(
     return {name: Plan(*library().cuda_conv3d_plan(which, numbers)) for which, name in enumerate(names)}
 
 
-def _of(x: torch.Tensor, weight: torch.Tensor, geometry: Geometry, out_size: tuple[int, ...]) -> _Call:
+def _of(x: torch.Tensor, weight: torch.Tensor, geometry: Geometry, out_size: tuple[int, ...]) -> Call:
     """A call on a tensor of x's sizes, without its tensors."""
     out_channels, channels, *kernel = weight.shape
-    return _Call(
+    return Call(
         geometry, tuple(kernel), x.shape[0], channels, out_channels, tuple(x.shape[2:]), out_size, x.dtype, {},
         before=geometry.padding[::2],
     )  # fmt: skip

@@ -62,7 +62,9 @@ def conv3d(
         residual: like the result, any floating dtype.
         stats_groups: above 0, the statistics of the result in that many groups of channels come too.
         impl: None, or the implementation to use, strictly: "cuda" (groups = 1; float32 is multiplied as tf32, where
-            `torch.backends.cudnn.conv.fp32_precision` is "tf32") or "reference".
+            `torch.backends.cudnn.conv.fp32_precision` is "tf32"), "cuda_sm90" (compute capability 9.0; bfloat16 and
+            float16 in channels_last_3d; the forward and, at stride 1, x's gradient of calls with zeros as padding and
+            without prefix and statistics: for others it runs what "cuda" runs) or "reference".
 
     Returns:
         (B, C_out, T_out, H_out, W_out) in x's dtype; channels_last_3d if x or the weight is, else contiguous (where
@@ -195,6 +197,18 @@ def on_cuda(facts: dispatch.Facts) -> str | None:
     if allowed != "tf32":
         return f"float32 is multiplied as tf32, which torch.backends.cudnn.conv.fp32_precision = {allowed!r} forbids"
     return None
+
+
+def _on_hopper(facts: dispatch.Facts) -> str | None:
+    """What the kernel of tensor copies and warpgroup products asks for."""
+    reason = registration.on_sm90a(facts)
+    if reason is not None:
+        return reason
+    if facts.dtype == torch.float32:
+        return "takes bfloat16 and float16, not float32"
+    if facts.shape[1] % 8 or facts.strides[1] != 1:
+        return f"x is not channels_last with a multiple of 8 channels, got {facts.shape[1]}"
+    return on_cuda(facts)
 
 
 def _call_kernel(
@@ -343,5 +357,7 @@ registration.differentiable(
 dispatch.register(
     _OP,
     dispatch.Impl("cuda", on_cuda, partial(_call_kernel, "cuda"), frozenset(), tf32=True),
+    # Behind the other until it has run.
+    dispatch.Impl("cuda_sm90", _on_hopper, partial(_call_kernel, "cuda_sm90"), frozenset()),
     dispatch.Impl("reference", lambda facts: None, _reference),
 )

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from fastvdiff import tuned
 from fastvdiff.dispatch import Facts
 
+_NATIVE = "fastvdiff.native"
 _LIBRARY = torch.library.Library("fastvdiff", "DEF")
 _RECORDED: dict[Any, type] = {}  # op -> its autograd function
 _KERNELS: dict[Any, Callable[..., Any]] = {}  # op -> what runs it
@@ -191,6 +192,11 @@ def on_sm90(facts: Facts) -> str | None:
     return _for_cuda(facts) or _no_clusters_on_this()
 
 
+def on_sm90a(facts: Facts) -> str | None:
+    """What a kernel of capability 9.0's own instructions asks for besides: exactly that device, and code for 90a."""
+    return _for_cuda(facts) or _not_sm90a()
+
+
 def _for_cuda(facts: Facts) -> str | None:
     if facts.device != "cuda":
         return f"runs on NVIDIA GPUs, not {facts.device}"
@@ -214,14 +220,27 @@ def _no_clusters_on_this() -> str | None:
     return _not_built_for(major, minor, least=90)
 
 
+def _not_sm90a() -> str | None:
+    """`_not_built_for_this` of the kernels for 90a, whose code runs on 9.0 alone."""
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        return f"runs on compute capability 9.0, not {major}.{minor}"
+    reason = _not_built_for(major, minor)
+    if reason is None and not any(
+        name.startswith("90a") for name in importlib.import_module(_NATIVE).cuda_architectures()
+    ):
+        return "built without code for 90a: CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=90a-real"
+    return reason
+
+
 # torch.compiler.assume_constant_result without its import of Dynamo, which costs a second.
-for _of_this_device in (_not_built_for_this, _no_clusters_on_this):
+for _of_this_device in (_not_built_for_this, _no_clusters_on_this, _not_sm90a):
     _of_this_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _not_built_for(major: int, minor: int, least: int = 0) -> str | None:
-    native = importlib.import_module("fastvdiff.native")
+    native = importlib.import_module(_NATIVE)
     try:
         built = native.cuda_architectures()
     except ImportError as error:  # Triton and the reference run without it

@@ -173,3 +173,39 @@ def test_past_2_31_elements() -> None:
     y = conv3d(x, weight, padding="valid", impl="cuda")
     part = x[1:, :, 13:]
     torch.testing.assert_close(y[1:, :, 13:], conv3d(part, weight, impl="cuda"), rtol=0, atol=0)
+
+
+# (B, C, T, H, W), C_out, kernel, further arguments
+WARPGROUP = {
+    "svd-l0 1x3x3": ((2, 320, 25, 72, 128), 320, (1, 3, 3), {}),
+    "svd-l0 3x1x1": ((2, 320, 25, 72, 128), 320, (3, 1, 1), {}),
+    "svd-l3 3x1x1": ((2, 1280, 25, 9, 16), 1280, (3, 1, 1), {}),
+    "vae 3x3x3": ((1, 128, 8, 64, 64), 256, (3, 3, 3), {}),
+    "a part of the channels": ((2, 40, 3, 9, 11), 72, (3, 3, 3), {}),
+    "dilated": ((1, 64, 4, 20, 22), 128, (3, 3, 3), {"dilation": (1, 2, 2)}),
+    "causal": ((1, 64, 5, 20, 22), 64, (3, 3, 3), {"padding": (2, 0, 1, 1, 1, 1)}),
+    "strided": ((2, 64, 4, 20, 22), 128, (1, 3, 3), {"padding": (0, 1, 1), "stride": (1, 2, 2)}),
+}
+
+
+@pytest.mark.parametrize("case", WARPGROUP)
+def test_warpgroups(case: str) -> None:
+    """Against float64, the same bits 100 times and from a graph."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    shape, outputs, kernel, more = WARPGROUP[case]
+    leaves = drawn(shape, outputs, kernel)
+    if "stride" in more:
+        del leaves["residual"], leaves["channel_bias"]
+    options = {"padding": "same", **more, "impl": "cuda_sm90"}
+    first = conv3d(**leaves, **options)
+    for _ in range(100):
+        assert torch.equal(conv3d(**leaves, **options), first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = conv3d(**leaves, **options)
+    graph.replay()
+    assert torch.equal(captured, first)
+    x, weight = leaves.pop("x"), leaves.pop("weight")
+    hold(conv3d, x, weight, **options, dtype=x.dtype, seed=2**17, **leaves,
+         baseline=lambda *a, **k: conv3d(*a, **k, impl="reference"))  # fmt: skip

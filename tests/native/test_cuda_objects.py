@@ -122,3 +122,17 @@ def test_convolutions(architecture: str) -> None:
         # With three stages of 32 KiB. sm_80's code must fit a block of sm_86 and sm_89 too, the smallest of all; on
         # sm_90 the usage counts the 1 KiB that the system reserves.
         assert used["SHARED"] + 3 * 32 * 1024 <= (99 if architecture == "sm_80" else 227) * 1024, name
+
+
+def test_warpgroup_convolutions() -> None:
+    """Tensor copies of both kinds, warpgroup products alone, whole stores, and one block's registers and memory."""
+    found = {name: used for name, used in usage("sm_90a").items() if "conv3d_sm90_kernelI" in name}
+    assert len(found) == 2 * 4  # dtypes, widths of a tile
+    for name, used in found.items():
+        ops = opcodes("sm_90a")[name]
+        assert used["REG"] <= 65536 // 384, name
+        assert any(o.startswith("UTMALDG.5D.IM2COL") for o in ops), name
+        assert any(o.startswith("UTMALDG.3D") for o in ops), name
+        assert any(o.startswith("HGMMA.64x") for o in ops), name
+        assert not any(o.startswith(("HMMA", "LDSM", "STL", "LDL")) for o in ops), name
+        assert any(o.startswith("STG") and ".128" in o for o in ops), name

@@ -43,7 +43,7 @@ class _PrologueParams(ctypes.Structure):
     )  # fmt: skip
 
 
-class _Library:
+class Library:
     """The binding's functions, run by the shim."""
 
     def __init__(self, build: str, descending: bool) -> None:
@@ -87,9 +87,9 @@ def _params(strides: tuple[int, ...], numbers: tuple[int, ...]) -> _Params:
 
 
 @contextlib.contextmanager
-def shim(build: str = "ordinary", descending: bool = False) -> Iterator[None]:
+def shim(build: str = "ordinary", descending: bool = False, replacement: Library | None = None) -> Iterator[None]:
     """Within the block the native modules run on the shim, and impl="cuda" takes CPU tensors."""
-    replacement = _Library(build, descending)
+    replacement = replacement or Library(build, descending)
     with pytest.MonkeyPatch.context() as patch:
         for module in (native, norm_silu_conv3d_cuda):
             patch.setattr(module, "library", lambda: replacement)

@@ -60,6 +60,10 @@ void conv3d_forward(const Conv3dParams& p, void* stream);
 // clip's gradient (before = 0 in that dimension) and fold it.
 void conv3d_data_gradient(const Conv3dParams& p, void* stream);
 void conv3d_weight_gradient(const Conv3dParams& p, void* stream);
+// The forward pass on capability 9.0, persistent over `multiprocessors`; takes(): whether it runs this call. In code for
+// another architecture the kernel stops the program.
+bool conv3d_sm90_takes(const Conv3dParams& p);
+void conv3d_sm90_forward(const Conv3dParams& p, int multiprocessors, void* stream);
 
 // The prologue's table for GroupNorm of known statistics, an affine map and a modulation per sample or frame: (batch,
 // frames, channels, 2). Parameters are contiguous float32, null where absent.
