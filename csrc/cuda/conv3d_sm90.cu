@@ -45,13 +45,13 @@ struct Position {
   int n, t, h, w;
 };
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
 __device__ __forceinline__ Position position_of(const Args& a, uint32_t row) {
   const uint32_t line = row / a.out_size[2], plane = line / a.out_size[1], sample = plane / a.out_size[0];
   return {static_cast<int>(sample), static_cast<int>(plane - sample * a.out_size[0]),
           static_cast<int>(line - plane * a.out_size[1]), static_cast<int>(row - line * a.out_size[2])};
 }
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // Four lanes' words, lane i's word j at lane j's word i.
 __device__ __forceinline__ void transpose_of_four(uint32_t (&words)[4], int lane) {
