@@ -76,7 +76,7 @@ def group_norm_silu_stats_kernel(
     part = pid // columns % parts
     sample = (pid // columns // parts).to(tl.int64)
     C = channels * C_UNIT
-    S = positions.to(tl.int64) * S_UNIT
+    S = tl.cast(positions, tl.int64) * S_UNIT
     c0 = column * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     rows = tl.arange(0, BLOCK_S)
@@ -130,7 +130,7 @@ def group_norm_silu_fwd_kernel(
     sample = (stretch // frames).to(tl.int64)
     frame = (stretch % frames).to(tl.int64)
     C = channels * C_UNIT
-    S = positions.to(tl.int64) * S_UNIT
+    S = tl.cast(positions, tl.int64) * S_UNIT
     c0 = column * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     group = c0 // WIDTH + tl.arange(0, SLOTS)

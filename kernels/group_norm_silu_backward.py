@@ -70,7 +70,7 @@ def group_norm_silu_bwd_sums_kernel(
     sample = stretch // frames
     frame = stretch % frames
     C = channels * C_UNIT
-    S = positions.to(tl.int64) * S_UNIT
+    S = tl.cast(positions, tl.int64) * S_UNIT
     c = column * BLOCK_C + tl.arange(0, BLOCK_C)
     at = (sample * (C // WIDTH) + c // WIDTH) * 2
     centre = tl.load(moments_ptr + at, mask=c < C, other=0.0)[None, :]
@@ -165,7 +165,7 @@ def group_norm_silu_bwd_groups_kernel(
             dshift += tl.sum(sum_dz, 0)
         dweight += tl.sum(factor * sum_dz_xhat, 0)
         dbias += tl.sum(factor * sum_dz, 0)
-    n = positions.to(tl.float32) * S_UNIT * frames * WIDTH
+    n = tl.cast(positions, tl.float32) * S_UNIT * frames * WIDTH
     at = (sample * groups + group) * 2
     tl.store(means_ptr + at, tl.sum(sum_gain, 0) / n)
     tl.store(means_ptr + at + 1, tl.sum(sum_gain_xhat, 0) / n)
@@ -202,7 +202,7 @@ def group_norm_silu_bwd_kernel(
         stretch = ((programs - 1 - pid) // columns // parts).to(tl.int64)
         sample = stretch // frames
         frame = stretch % frames
-        S = positions.to(tl.int64) * S_UNIT
+        S = tl.cast(positions, tl.int64) * S_UNIT
         at = (sample * (C // WIDTH) + c // WIDTH) * 2
         centre = tl.load(moments_ptr + at, mask=c < C, other=0.0)[None, :]
         rstd = tl.load(moments_ptr + at + 1, mask=c < C, other=0.0)

@@ -315,8 +315,12 @@ bool conv3d_sm90_takes(const Conv3dParams& p) {
     const bool says = p.before[d] <= 16 && upper >= -16 && upper <= 15 && reach <= 31 && p.stride[d] <= 8;
     if (p.replicate[d] != 0 || !says) return false;
   }
-  const bool input = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 &&
-                     p.stride_x[0] % 8 == 0 && p.stride_x[1] % 8 == 0 && p.stride_x[2] % 8 == 0 && p.stride_x[3] % 8 == 0;
+  bool input = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
+  const int64_t sizes[4] = {p.batch, p.size[0], p.size[1], p.size[2]};
+  for (int i = 0; i < 4; ++i) {
+    const int64_t stride = p.stride_x[i];  // an expanded tensor's 0 is none that a map takes
+    input = input && stride % 8 == 0 && (sizes[i] == 1 || (stride > 0 && stride < int64_t{1} << 39));
+  }
   return input && whole_rows(p.y, p.stride_y) && (p.residual == nullptr || whole_rows(p.residual, p.stride_r));
 }
 

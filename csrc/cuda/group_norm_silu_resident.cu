@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
+constexpr size_t kMostShared = 227 * 1024;  // of one block; one value for every call, since it belongs to the kernel
 constexpr int kStages = 4;  // parts of a block's rows that are waited for one by one
 
 struct Column {
@@ -195,7 +196,7 @@ void group_norm_silu_resident_forward(const GroupNormSiluParams& p, int groups, 
     const int64_t blocks = p.batch * cut.columns * ranks;
     if (blocks > 0x7fffffff) throw std::invalid_argument("group_norm_silu_resident: more blocks than a CUDA grid has");
     const size_t shared = cut.shared(static_cast<int>(channels));
-    allow_shared(group_norm_silu_resident<T, V>, shared);
+    allow_shared(group_norm_silu_resident<T, V>, kMostShared);
     FASTVDIFF_LAUNCH_CLUSTERS((group_norm_silu_resident<T, V>), dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
                               static_cast<unsigned>(ranks), shared, stream, p, cut);
   });

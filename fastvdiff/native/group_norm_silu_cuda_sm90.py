@@ -11,7 +11,7 @@ from .rows import is_channels_last
 
 __all__ = ["backward", "cut", "forward"]
 
-SHARED_MEMORY = 227 * 1024  # of one block, and 1 KiB more of a multiprocessor, on capability 9.0 and 10.0
+SHARED_MEMORY = 227 * 1024  # of one block, on capability 9.0 and 10.0
 THREADS = 512
 GROUP_BYTES = 4 * (3 * THREADS // 32 + 4 + 2)  # of shared memory beside the rows, as `Column::shared` counts them
 CHANNEL_BYTES = 4 * 3
@@ -39,9 +39,9 @@ def cut(
             shared = -(-positions // ranks) * column + beside
             if shared > SHARED_MEMORY or ranks > positions:
                 continue
-            resident = min((SHARED_MEMORY + 1024) // (shared + 1024), 2048 // THREADS)
-            rounds = -(-batch * groups // together * ranks // (multiprocessors * resident))
-            cost = rounds * (resident * shared + _START_BYTES) * (1.0 if column >= 64 else 1.5)
+            # One block is resident: its threads have more than 64 registers.
+            rounds = -(-batch * groups // together * ranks // multiprocessors)
+            cost = rounds * (shared + _START_BYTES) * (1.0 if column >= 64 else 1.5)
             if best is None or cost < least:
                 best, least = (together, ranks), cost
     return best

@@ -77,6 +77,12 @@ def _group_norm_silu() -> Iterator[Case]:
             f"group_norm_silu-past-2^31-{suffix}",
             lambda last=last: both(empty(1, 128, 24, 1008, 1792, channels_last=last)),
         )
+    # Triton makes constants of arguments that are 1.
+    yield "group_norm_silu-one-access-a-frame", lambda: both(empty(2, 64, 4, 2, 4), (2, 64, 4), True)
+    yield (
+        "group_norm_silu-one-position-a-frame",
+        lambda: both(empty(2, 64, 4, 1, 1, channels_last=True), (2, 64, 4), True),
+    )
     yield "group_norm_silu-per-frame", lambda: both(empty(50, 320, 72, 128))
     yield "group_norm_silu-odd-channels", lambda: both(empty(1, 40, 8, 45, 80, channels_last=True), groups=8)
     yield "group_norm_silu-whole", lambda: both(empty(32, 1280, 16, 16))
