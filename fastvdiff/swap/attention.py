@@ -15,7 +15,7 @@ from torch import nn
 from fastvdiff import ops
 
 from .frames import onto
-from .target import dropping, kernel_runs, kernel_would_run, plain, untouched
+from .target import drops_nothing, in_own_dtype, kernel_runs, kernel_would_run, plain, untouched
 
 _PROCESSORS = ("AttnProcessor2_0", "AttnProcessor")
 _ABSENT = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim", "out_context_pre_only")
@@ -39,7 +39,7 @@ def unknown(attn: Any) -> str | None:
 
 def ready(attn: nn.Module) -> bool:
     """Whether, at this call, the attention is what `unknown` knows and may be computed without calling it."""
-    return unknown(attn) is None and untouched(attn) and not dropping(attn.to_out)
+    return unknown(attn) is None and untouched(attn) and drops_nothing(attn.to_out[1])
 
 
 def unknown_latent(attn: Any) -> str | None:
@@ -48,7 +48,7 @@ def unknown_latent(attn: Any) -> str | None:
         return f"its attention is {type(attn).__name__}"
     if getattr(attn, "relative_position", False):
         return "learned relative positions enter its scores and its values: no kernel for it"
-    if getattr(attn, "img_cross_attention", False):
+    if getattr(attn, "img_cross_attention", False) or getattr(attn, "image_cross_attention", False):
         return "it attends to an image beside the text"
     kinds = [type(layer).__name__ for layer in attn.to_out] if isinstance(attn.to_out, nn.Sequential) else []
     return None if len(kinds) == 2 and kinds[1] == "Dropout" else f"its to_out is {kinds}"
@@ -59,8 +59,9 @@ def ready_latent(attn: nn.Module) -> bool:
     own = attn.__dict__.get("forward")
     if own is not None:
         known = getattr(own, "__func__", None) is getattr(type(attn), "efficient_forward", None)
-        return known and not (attn._forward_hooks or attn._forward_pre_hooks) and not dropping(attn.to_out)
-    return untouched(attn) and not dropping(attn.to_out)
+        own_hooks = attn._forward_hooks or attn._forward_pre_hooks
+        return known and not own_hooks and untouched(attn.to_out) and drops_nothing(attn.to_out[1])
+    return untouched(attn) and untouched(attn.to_out) and drops_nothing(attn.to_out[1])
 
 
 def runs_over_frames(attn: nn.Module, like: torch.Tensor, sizes: tuple[int, int, int]) -> bool:
@@ -82,7 +83,9 @@ def over_frames(
     if plain(norm, nn.LayerNorm) and all(plain(layer, nn.Linear) for layer in linear):
         video = x.permute(0, 3, 1, 2).unsqueeze(-1)
         weights = [layer.weight for layer in linear]
-        if kernel_runs("temporal_attention_block", video, *weights, heads=attn.heads, inner=weights[0].shape[0]):
+        if in_own_dtype(x) and kernel_runs(
+            "temporal_attention_block", video, *weights, heads=attn.heads, inner=weights[0].shape[0]
+        ):
             y = ops.temporal_attention_block(
                 video, *weights, heads=attn.heads, q_bias=attn.to_q.bias, k_bias=attn.to_k.bias, v_bias=attn.to_v.bias,
                 out_bias=attn.to_out[0].bias, norm="layer_norm", norm_weight=norm.weight, norm_bias=norm.bias,
@@ -107,6 +110,6 @@ def over_text(attn: nn.Module, h: torch.Tensor, text: torch.Tensor) -> torch.Ten
         layer(t).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         for layer, t in ((attn.to_q, h), (attn.to_k, text), (attn.to_v, text))
     )
-    # A softmax of one score has a gradient of zero, of which a fused backward leaves rounding errors.
-    y = (q @ k.transpose(-1, -2)).softmax(-1) @ v if one else F.scaled_dot_product_attention(q, k, v)
+    # A softmax of one score is 1, whatever it is, and has a gradient of zero: a fused backward leaves rounding errors.
+    y = (q * 0 @ k.transpose(-1, -2)).softmax(-1) @ v if one else F.scaled_dot_product_attention(q, k, v)
     return attn.to_out[0](y.transpose(1, 2).flatten(2))

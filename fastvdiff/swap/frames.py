@@ -9,7 +9,7 @@ from torch import nn
 
 from fastvdiff import ops
 
-from .target import plain
+from .target import in_own_dtype, plain
 
 
 def as_video(frames: torch.Tensor, num_frames: int) -> torch.Tensor:
@@ -37,17 +37,26 @@ def dense(video: torch.Tensor, as_eager: bool = False) -> torch.Tensor:
 def convolve(
     conv: nn.Module, x: torch.Tensor, channel_bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """conv(x) + channel_bias, (B, C), (B, C, T) or None, + residual, of the result's shape or None.
+    """conv(x) + channel_bias, (B or 1, C), (B or 1, C, T) or None, + residual, of the result's shape or None.
 
     A plain Conv3d goes through its cheapest view, any other is called.
     """
     if plain(conv, nn.Conv3d) and conv.padding_mode == "zeros":
-        return ops.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
-                          channel_bias=channel_bias, residual=residual)  # fmt: skip
+        fused = residual is not None and in_own_dtype(x) and torch.promote_types(x.dtype, residual.dtype) == x.dtype
+        y = ops.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
+                       channel_bias=for_batch(channel_bias, x), residual=residual if fused else None)  # fmt: skip
+        return y if fused or residual is None else y + residual
     y = conv(x)
     if channel_bias is not None:
         y = y + over_space(channel_bias, y)
     return y if residual is None else y + residual
+
+
+def for_batch(modulation: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """A modulation of one sample for every sample of x: a network called with one time step for all."""
+    if modulation is None or modulation.shape[0] == x.shape[0]:
+        return modulation
+    return modulation.expand(x.shape[0], *modulation.shape[1:])
 
 
 def over_space(channel_bias: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -114,6 +114,17 @@ def dropping(module: nn.Module) -> bool:
     return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in module.modules())
 
 
+def in_own_dtype(x: torch.Tensor) -> bool:
+    """Whether an op on x returns x's dtype; where autocast makes it another, torch adds x itself, in float32."""
+    device = x.device.type
+    return not torch.is_autocast_enabled(device) or x.dtype in (torch.get_autocast_dtype(device), torch.float64)
+
+
+def drops_nothing(module: nn.Module) -> bool:
+    """Whether `module`, a Dropout or none, is nothing at this call: it need not be called."""
+    return (plain(module, nn.Dropout) and not dropping(module)) or plain(module, nn.Identity)
+
+
 def kernel_runs(op: str, x: torch.Tensor, *parameters: torch.Tensor | None, **options: Any) -> bool:
     """Whether a native kernel, and not plain PyTorch, would run `op` on `x`: where none does, eager stays."""
     facts = dispatch.facts_of(x, dispatch.needs_grad(x, *parameters), **options)

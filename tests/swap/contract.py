@@ -181,6 +181,25 @@ def hold_round_trip(model: nn.Module, other: nn.Module, inputs: Inputs) -> None:
     assert float((swapped_low - eager).norm()) <= 2 * float((eager_low - eager).norm()) + 2e-3 * scale
 
 
+def hold_one_time_step(model: nn.Module, inputs: Inputs, name: str) -> None:
+    """A network called with one time step for its whole batch, as samplers do, which eager broadcasts."""
+    one = {**inputs, name: inputs[name][:1]}
+    with torch.no_grad():
+        before = sample_of(model.eval()(**one))
+        fastvdiff.swap_kernels(model)
+        torch.testing.assert_close(sample_of(model(**one)), before, rtol=1e-4, atol=1e-5)
+
+
+def hold_autocast_dtypes(model: nn.Module, calls: dict[str, tuple[Any, ...]]) -> None:
+    """Each module returns the dtype of its own forward where a float32 input meets bfloat16 autocast."""
+    dtypes = []
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            dtypes.append({path: model.get_submodule(path)(*arguments).dtype for path, arguments in calls.items()})
+        fastvdiff.swap_kernels(model)
+    assert dtypes[0] == dtypes[1]
+
+
 class Kept(torch.autograd.graph.saved_tensors_hooks):
     """What autograd keeps for the backward."""
 

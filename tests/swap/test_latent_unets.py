@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastvdiff
+from fastvdiff.swap.attention import over_text
 from tests.swap import contract, doubles_lvdm, doubles_modelscope, doubles_sgm
 
 FRAMES = 5
@@ -163,3 +164,38 @@ def test_a_hook_inside_a_block_is_called() -> None:
         fastvdiff.swap_kernels(model)
         torch.testing.assert_close(model(**inputs), before, rtol=1e-4, atol=1e-5)
     assert seen == ["norm", "attention"] * 2
+
+
+def test_one_time_step_for_a_batch() -> None:
+    torch.manual_seed(0)
+    blocks = nn.ModuleList([doubles_lvdm.ResBlock(16, 24, 32, use_scale_shift_norm=scaled) for scaled in (True, False)])
+    blocks.append(doubles_sgm.ResBlock(16, 24, dims=3, use_scale_shift_norm=True))
+    x, emb = torch.randn(3, 16, 6, 8), torch.randn(1, 24)
+    calls = [(block, x[:, :, None].expand(-1, -1, 4, -1, -1) if i == 2 else x) for i, block in enumerate(blocks.eval())]
+    with torch.no_grad():
+        before = [block(x, emb) for block, x in calls]
+        fastvdiff.swap_kernels(blocks)
+        for (block, x), expected in zip(calls, before, strict=True):
+            torch.testing.assert_close(block(x, emb), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_on_an_attentions_last_layers_are_called() -> None:
+    model, inputs = lvdm()
+    attn, seen = model.blocks[2].transformer_blocks[0].attn1, []
+    attn.to_out.register_forward_hook(lambda *a: seen.append("sequential"))
+    model.blocks[2].transformer_blocks[0].attn2.to_out[1].register_forward_hook(lambda *a: seen.append("dropout"))
+    fastvdiff.swap_kernels(model.eval())
+    model(**inputs)
+    assert seen == ["sequential", "dropout"]
+
+
+def test_one_key_trains_where_float16_scores_overflow() -> None:
+    attn = doubles_lvdm.CrossAttention(16, 12).half()
+    h, text = 600 * torch.ones(1, 5, 16).half(), 600 * torch.ones(1, 1, 12).half()
+    with torch.no_grad():
+        for layer in (attn.to_q, attn.to_k):
+            layer.weight.fill_(0.1)
+    y = over_text(attn, h, text.requires_grad_())
+    grads = torch.autograd.grad(y.float().square().mean(), [text, *attn.parameters()])
+    assert torch.isfinite(y).all()
+    assert all(torch.isfinite(g).all() for g in grads)

@@ -63,3 +63,16 @@ def test_the_library_itself() -> None:
     inputs = {"x": torch.randn(2, 3, 8, 8, 8), "timesteps": torch.tensor([7, 500])}
     report = contract.hold(model.eval(), inputs)
     assert contract.counts(report)["DiffusionUNetResnetBlock"] >= 6
+
+
+@pytest.mark.parametrize("spatial_dims", SIZES)
+def test_one_time_step_for_a_batch(spatial_dims: int) -> None:
+    contract.hold_one_time_step(*network(spatial_dims), "timesteps")
+
+
+@pytest.mark.parametrize("spatial_dims", SIZES)
+def test_autocast_leaves_the_sum_in_float32(spatial_dims: int) -> None:
+    x = torch.randn(2, 16, *SIZES[spatial_dims])
+    contract.hold_autocast_dtypes(
+        network(spatial_dims)[0], {"blocks.1": (x, torch.randn(2, 32)), "decoder.1": (x[:, :8],)}
+    )

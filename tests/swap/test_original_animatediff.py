@@ -100,3 +100,20 @@ def test_a_hook_and_a_foreign_layer_are_called() -> None:
     fastvdiff.swap_kernels(model)
     model(**inputs)
     assert seen == [1]
+
+
+def test_one_time_step_for_a_batch() -> None:
+    for options in ({}, {"time_embedding_norm": "scale_shift"}):
+        contract.hold_one_time_step(*unet(**options), "timestep")
+
+
+def test_attention_within_windows_is_left_alone() -> None:
+    """FreeNoise's blocks, which have the original's names and arguments."""
+    model, _ = unet()
+    blocks = [m for m in model.modules() if type(m).__name__ == "TemporalTransformerBlock"]
+    for block in blocks:
+        block.local_window = True
+    report = fastvdiff.swap_kernels(model)
+    reasons = {e.why for e in report.refused if e.what == "TemporalTransformer3DModel"}
+    assert blocks
+    assert reasons == {"it attends within windows of frames"}

@@ -176,3 +176,37 @@ def test_imagen_pytorch_itself() -> None:
     for part, found in zip(parts, ("RearrangeTimeCentric", "Residual", "Conv3d"), strict=True):
         report = contract.hold(part, {"x": torch.randn(2, 16, FRAMES, 8, 8)})
         assert contract.counts(report) == {found: 1}
+
+
+def test_one_time_step_for_a_batch() -> None:
+    contract.hold_one_time_step(*groups(), "time")
+
+
+def test_autocast_leaves_the_sums_in_float32() -> None:
+    x = torch.randn(2, 16, FRAMES, 4, 4)
+    contract.hold_autocast_dtypes(groups()[0], {"mid_temporal_attn": (x,)})
+    model, _ = causal()
+    padded = [path for path, m in model.named_modules() if isinstance(getattr(m, "fn", None), nn.Sequential)]
+    inputs = {path: (torch.randn(2, model.get_submodule(path).fn[1].in_channels, FRAMES, 4, 4),) for path in padded}
+    assert padded
+    contract.hold_autocast_dtypes(model, inputs)
+
+
+def test_blocks_that_take_no_scale_are_left_alone() -> None:
+    """As before video-diffusion-pytorch 0.4.1: the embedding is added."""
+
+    class Block(doubles_vdm.Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    class ResnetBlock(doubles_vdm.ResnetBlock):
+        def forward(self, x: torch.Tensor, time_emb: torch.Tensor | None = None) -> torch.Tensor:
+            return self.block2(self.block1(x)) + self.res_conv(x)
+
+    block = ResnetBlock(8, 8)
+    for part in (block.block1, block.block2):
+        part.__class__ = Block
+    x = torch.randn(1, 8, 2, 4, 4)
+    before = block(x)
+    fastvdiff.swap_kernels(block)
+    torch.testing.assert_close(block(x), before)

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastvdiff import ops
 from fastvdiff.swap.frames import as_frames, as_video
-from fastvdiff.swap.target import UNRELATED, Target, kernel_would_run, plain, register, takes, untouched
+from fastvdiff.swap.target import UNRELATED, Target, in_own_dtype, kernel_would_run, plain, register, takes, untouched
 
 _ATTENTION = ("norm", "null_attn_bias", "null_kv", "to_q", "to_kv", "q_scale", "k_scale", "to_out", "rel_pos_bias")
 
@@ -131,7 +131,10 @@ def _positions(residual: nn.Module, eager: Any, x: torch.Tensor, **kwargs: Any) 
     if kwargs or small or x.dim() != 5 or not (known and untouched(residual.fn) and untouched(pad)):
         return eager(residual, x, **kwargs)
     padding = (*pad.padding[4:], 0, 0, 0, 0)
-    return ops.conv3d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups, residual=x)
+    fused = in_own_dtype(x)
+    y = ops.conv3d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups,
+                   residual=x if fused else None)  # fmt: skip
+    return y if fused else y + x
 
 
 def _check_block(block: nn.Module) -> str | None:

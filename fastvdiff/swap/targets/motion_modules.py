@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from fastvdiff.swap.attention import over_frames, runs_over_frames
-from fastvdiff.swap.frames import as_frames, as_video, dense, onto
+from fastvdiff.swap.frames import as_frames, as_video, dense, for_batch, onto
 from fastvdiff.swap.target import (
     UNRELATED,
     Target,
     dropping,
+    drops_nothing,
     kernel_runs,
     plain,
     register,
@@ -50,7 +51,7 @@ def _normed(
     if not _inflated(norm):
         return norm_silu(dense(x, as_eager), norm, scale=scale, shift=shift)
     if scale is not None:
-        scale, shift = (m.repeat_interleave(x.shape[2], dim=0) for m in (scale, shift))
+        scale, shift = (for_batch(m, x).repeat_interleave(x.shape[2], dim=0) for m in (scale, shift))
     return as_video(norm_silu(as_frames(x), norm, scale=scale, shift=shift), x.shape[2])
 
 
@@ -92,6 +93,8 @@ def _check_attention(attn: Any) -> str | None:
         return f"its attention is {type(attn).__name__}"
     if attn.is_cross_attention:
         return "it attends to a text"
+    if type(getattr(attn, "processor", None)).__name__ not in ("NoneType", "CrossAttnProcessor", "AttnProcessor"):
+        return f"its processor is {type(attn.processor).__name__}"
     for name in ("group_norm", "added_kv_proj_dim"):
         if getattr(attn, name, None) is not None:
             return f"its attention has {name}"
@@ -110,6 +113,8 @@ def _check_transformer(model: nn.Module) -> str | None:
     for block in model.transformer_blocks:
         if type(block).__name__ != "TemporalTransformerBlock":
             return f"its blocks are {type(block).__name__}"
+        if getattr(block, "local_window", False):
+            return "it attends within windows of frames"
         for attn in block.attention_blocks:
             reason = _check_attention(attn)
             if reason is not None:
@@ -121,8 +126,10 @@ def _ready(block: nn.Module, frames: int) -> bool:
     """Whether this call of a block may be taken apart."""
     if type(block).__name__ != "TemporalTransformerBlock" or not untouched(block) or dropping(block):
         return False
+    if getattr(block, "local_window", False):
+        return False
     for attn in block.attention_blocks:
-        if _check_attention(attn) is not None or not untouched(attn):
+        if _check_attention(attn) is not None or not untouched(attn) or not drops_nothing(attn.to_out[1]):
             return False
         if attn.pos_encoder is not None and not (
             untouched(attn.pos_encoder) and frames <= attn.pos_encoder.pe.shape[1]

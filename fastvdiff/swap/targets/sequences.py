@@ -9,12 +9,18 @@ import torch
 from torch import nn
 
 from fastvdiff import ops
-from fastvdiff.swap.target import UNRELATED, Target, group_norm, kernel_runs, register, silu
+from fastvdiff.swap.frames import for_batch
+from fastvdiff.swap.target import UNRELATED, Target, group_norm, kernel_runs, register
+from fastvdiff.swap.target import silu as is_silu
 
 
-def norm_silu(x: torch.Tensor, norm: nn.GroupNorm, **options: Any) -> torch.Tensor:
-    """SiLU(norm(x)), `norm` being what `group_norm` knows."""
-    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
+def norm_silu(
+    x: torch.Tensor, norm: nn.GroupNorm, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
+    silu: bool = True,
+) -> torch.Tensor:  # fmt: skip
+    """SiLU(norm(x) * (1 + scale) + shift), `norm` being what `group_norm` knows; scale, shift (B or 1, C)."""
+    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, scale=for_batch(scale, x),
+                               shift=for_batch(shift, x), silu=silu)  # fmt: skip
 
 
 def fuses(x: torch.Tensor, norm: Any) -> bool:
@@ -24,7 +30,7 @@ def fuses(x: torch.Tensor, norm: Any) -> bool:
 
 def _check(module: nn.Module) -> str | None:
     layers = tuple(module)
-    if any(group_norm(a) and silu(b) for a, b in pairwise(layers)):
+    if any(group_norm(a) and is_silu(b) for a, b in pairwise(layers)):
         return None
     return UNRELATED
 
@@ -33,7 +39,7 @@ def _forward(module: nn.Sequential, eager: Any, input: torch.Tensor) -> torch.Te
     layers = tuple(module)
     x, i = input, 0
     while i < len(layers):
-        if i + 1 < len(layers) and silu(layers[i + 1]) and fuses(x, layers[i]):
+        if i + 1 < len(layers) and is_silu(layers[i + 1]) and fuses(x, layers[i]):
             x = norm_silu(x, layers[i])
             i += 2
         else:

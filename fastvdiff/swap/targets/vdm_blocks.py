@@ -13,6 +13,7 @@ from fastvdiff.swap.frames import convolve, onto
 from fastvdiff.swap.target import (
     UNRELATED,
     Target,
+    in_own_dtype,
     kernel_runs,
     kernel_would_run,
     plain,
@@ -57,7 +58,9 @@ def _block(block: nn.Module, eager: Any, x: torch.Tensor, scale_shift: Any = Non
 
 def _check_resnet(block: nn.Module) -> str | None:
     known = takes(block, "x", "time_emb") and {"block1", "block2", "res_conv"} <= set(dict(block.named_children()))
-    return None if known and isinstance(block.res_conv, (nn.Conv3d, nn.Identity)) else UNRELATED
+    if not known or not all(takes(part, "x", "scale_shift") for part in (block.block1, block.block2)):
+        return UNRELATED  # before its release 0.4.1 the embedding was added
+    return None if isinstance(block.res_conv, (nn.Conv3d, nn.Identity)) else UNRELATED
 
 
 def _resnet(block: nn.Module, eager: Any, x: torch.Tensor, time_emb: torch.Tensor | None = None) -> torch.Tensor:
@@ -151,7 +154,7 @@ def _attention(residual: nn.Module, eager: Any, x: torch.Tensor, *args: Any, **k
         return eager(residual, x, **kwargs)
     options = {"attn_bias": bias, "attn_mask": _focus(mask, frames), "scale": attn.scale,
                "rotary": rotary_table(attn.rotary_emb, frames, x)}  # fmt: skip
-    if in_linear:
+    if in_linear and in_own_dtype(x):
         weights = (*attn.to_qkv.weight.chunk(3), attn.to_out.weight)
         if kernel_runs("temporal_attention_block", x, *weights, norm.gamma, bias, heads=attn.heads, inner=inner):
             return ops.temporal_attention_block(x, *weights, heads=attn.heads, out_bias=attn.to_out.bias,
