@@ -17,7 +17,7 @@ from tests.simt.host import call
 FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
 
-@settings(max_examples=40)
+@settings(max_examples=300)
 @given(calls(batch=2, extent=6), st.booleans(), st.integers(1, 3))
 def test_drawn_cases(
     on_shim: Library, call: tuple[torch.Tensor, int, dict[str, Any]], descending: bool, multiprocessors: int

@@ -18,7 +18,7 @@ from tests.simt.group_norm_silu_library import Library
 IMPL = "cuda_sm90"
 
 
-@settings(max_examples=40)
+@settings(max_examples=300)
 @given(calls(batch=2, extent=6), st.booleans(), st.sampled_from([1, 7, 64]))
 def test_drawn_cases(
     on_shim: Library, call: tuple[torch.Tensor, int, dict[str, Any]], descending: bool, multiprocessors: int
