@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from . import address, library, on_device, stream
@@ -20,6 +22,7 @@ MOST_GROUPS = 8
 _START_BYTES = 48 * 1024  # what a round of blocks costs besides, as bytes it could have moved
 
 
+@functools.lru_cache(maxsize=1024)
 def cut(
     batch: int, channels: int, positions: int, groups: int, itemsize: int, multiprocessors: int
 ) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastvdiff import dispatch
+from fastvdiff.ops.registration import autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,7 @@ def dropping(module: nn.Module) -> bool:
 
 def in_own_dtype(x: torch.Tensor) -> bool:
     """Whether an op on x returns x's dtype; where autocast makes it another, torch adds x itself, in float32."""
-    device = x.device.type
-    return not torch.is_autocast_enabled(device) or x.dtype in (torch.get_autocast_dtype(device), torch.float64)
+    return autocast_dtype(x) == x.dtype
 
 
 def drops_nothing(module: nn.Module) -> bool:
