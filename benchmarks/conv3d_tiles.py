@@ -1,9 +1,10 @@
 """How conv3d's CUDA kernels fill a device, without one: `python -m benchmarks.conv3d_tiles [--device h200]`.
 
-For each standard shape and pass: bytes, operations and floor as in benchmarks.roofline; the tile and the blocks that
-the launcher starts; the share of the tiles' products that are the convolution's own ("useful": the rest pads channels
-and positions); and how full the waves of blocks are, the last one included ("waves"). Their product bounds what any
-main loop of these tiles can reach of the device's matrix rate. Needs a build with CUDA kernels, and no GPU.
+For each standard shape and pass, on the portable kernels ("cuda") and, for a device of capability 9.0, on the one that
+it alone has ("sm90"): bytes, operations and floor as in benchmarks.roofline; the tile and how many there are; the share
+of the tiles' products that are the convolution's own ("useful": the rest pads channels and positions); and how full the
+waves of tiles are, the last one included ("waves"). Their product bounds what any main loop of these tiles can reach of
+the device's matrix rate. Needs a build with CUDA kernels, and no GPU.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from benchmarks import traffic
 from benchmarks.limits import DEVICES, Limits, floor
 from benchmarks.shapes import ANIMATEDIFF, SVD, VAE, VDM, Level
 from fastvdiff import native
-from fastvdiff.native import conv3d_cuda
+from fastvdiff.native import conv3d_cuda, conv3d_cuda_sm90
 
+PASSES = ("forward", "data_gradient", "weight_gradient")
 KERNELS = ((1, 1, 1), (1, 3, 3), (3, 1, 1), (3, 3, 3))
 _RESERVED = 1024  # of shared memory, for each block, by the driver
 _TABLE = 3 * 1024  # the kernels' static shared memory, at most
@@ -32,11 +34,12 @@ class Multiprocessors:
 
     count: int
     shared_bytes: int
+    hopper: bool = False
 
 
 MULTIPROCESSORS = {
-    "h200": Multiprocessors(132, 228 * 1024),
-    "h100": Multiprocessors(132, 228 * 1024),
+    "h200": Multiprocessors(132, 228 * 1024, hopper=True),
+    "h100": Multiprocessors(132, 228 * 1024, hopper=True),
     "a100": Multiprocessors(108, 164 * 1024),
     "b200": Multiprocessors(148, 228 * 1024),
 }
@@ -61,29 +64,36 @@ def occupancy(plan: conv3d_cuda.Plan, flops: int, device: Multiprocessors) -> Oc
     return Occupancy(plan, resident, flops / (2 * products), waves / math.ceil(waves))
 
 
-def rows(level: Level, kernel: tuple[int, int, int], dtype: torch.dtype) -> dict[str, conv3d_cuda.Plan]:
-    """The passes of a level's convolution, as many channels out as in, padded to the same size."""
+def rows(
+    level: Level, kernel: tuple[int, int, int], dtype: torch.dtype, device: Multiprocessors
+) -> dict[tuple[str, str], conv3d_cuda.Plan]:
+    """(pass, kernel) of a level's convolution, as many channels out as in, padded to the same size."""
     padding = tuple(k // 2 for k in kernel for _ in range(2))
     geometry = conv3d_cuda.Geometry((1, 1, 1), padding, (1, 1, 1), (False,) * 3)
-    return conv3d_cuda.plans(level.batch, level.channels, level.channels, level.clip[2:], kernel, geometry, dtype)
+    call = (level.batch, level.channels, level.channels, level.clip[2:], kernel, geometry, dtype)
+    found = {(which, "cuda"): plan for which, plan in conv3d_cuda.plans(*call).items()}
+    if device.hopper:
+        found |= {(which, "sm90"): plan for which, plan in conv3d_cuda_sm90.plans(*call, device.count).items()}
+    return dict(sorted(found.items(), key=lambda row: PASSES.index(row[0][0])))
 
 
 def table(name: str, limits: Limits) -> str:
     """A line per level, kernel and pass, in bf16."""
+    device = MULTIPROCESSORS[name]
     lines = [
         f"{limits.name}: copy {limits.copy / 1e12:.2f} TB/s, bf16 {limits.matrix / 1e12:.0f} TFLOP/s ({limits.source})",
-        f"{'case':34}{'pass':16}{'MB':>8}{'GFLOP':>9}  {'binds':10}{'floor us':>9}  {'tile':11}{'blocks':>8}"
+        f"{'case':34}{'pass':16}{'kernel':6}{'MB':>8}{'GFLOP':>9}  {'binds':10}{'floor us':>9}  {'tile':11}{'tiles':>8}"
         f"{'useful':>8}{'waves':>7}{'of rate':>8}",
     ]
     for level in (*SVD, *ANIMATEDIFF, *VDM, *VAE):
         for kernel in KERNELS:
             work = traffic.conv3d(level.batch, level.channels, level.channels, level.clip[2:], kernel)
             lowest = floor(work, limits)
-            for which, plan in rows(level, kernel, torch.bfloat16).items():
-                found = occupancy(plan, work.flops, MULTIPROCESSORS[name])
+            for (which, by), plan in rows(level, kernel, torch.bfloat16, device).items():
+                found = occupancy(plan, work.flops, device)
                 tile = f"{plan.tile_rows}x{plan.tile_columns}x{plan.tile_depth}"
                 lines.append(
-                    f"{level.name + ' ' + 'x'.join(map(str, kernel)):34}{which:16}{work.moved / 1e6:8.1f}"
+                    f"{level.name + ' ' + 'x'.join(map(str, kernel)):34}{which:16}{by:6}{work.moved / 1e6:8.1f}"
                     f"{work.flops / 1e9:9.1f}  {lowest.binds:10}{lowest.us:9.1f}  {tile:11}{plan.blocks:8}"
                     f"{found.useful:8.1%}{found.waves:7.1%}{found.useful * found.waves:8.1%}"
                 )

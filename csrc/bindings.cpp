@@ -350,10 +350,15 @@ void bind_cuda_conv3d(py::module_& m) {
   m.def("cuda_conv3d_workspace", [](int pass, const std::array<int64_t, 29>& numbers) {
     return cuda::conv3d_workspace(cuda_conv3d_params(numbers), static_cast<cuda::Conv3dPass>(pass));
   });
-  m.def("cuda_conv3d_plan", [](int pass, const std::array<int64_t, 29>& numbers) {
-    const auto plan = cuda::conv3d_plan(cuda_conv3d_params(numbers), static_cast<cuda::Conv3dPass>(pass));
+  static const auto fields = [](const cuda::Conv3dPlan& plan) {
     return std::array<int64_t, 6>{plan.tile_rows, plan.tile_columns, plan.tile_depth,
                                   plan.shared_bytes, plan.blocks, plan.steps};
+  };
+  m.def("cuda_conv3d_plan", [](int pass, const std::array<int64_t, 29>& numbers) {
+    return fields(cuda::conv3d_plan(cuda_conv3d_params(numbers), static_cast<cuda::Conv3dPass>(pass)));
+  });
+  m.def("cuda_conv3d_sm90_plan", [](const std::array<int64_t, 29>& numbers, int multiprocessors) {
+    return fields(cuda::conv3d_sm90_plan(cuda_conv3d_params(numbers), multiprocessors));
   });
   m.def("cuda_conv3d", [](int pass, const std::array<Address, 13>& addresses, const std::array<int64_t, 22>& strides,
                           const std::array<int64_t, 29>& numbers, Address stream) {

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "conv3d_launch.h"
+#include "conv3d_sm90_tiles.h"
 
 namespace fastvdiff::cuda {
 namespace {
@@ -232,6 +233,15 @@ Conv3dPlan conv3d_plan(const Conv3dParams& p, Conv3dPass pass) {
     for (int phase = 0; phase < phases_of(p); ++phase) add(gradient_gather(p, phase), 1, p.channels);
   }
   return plan;
+}
+
+Conv3dPlan conv3d_sm90_plan(const Conv3dParams& p, int multiprocessors) {
+  using namespace conv3d_sm90;
+  const int64_t row_tiles = ceil_div(p.batch * product_of(p.out_size), kTileRows);
+  const int columns = columns_of(row_tiles, p.out_channels, multiprocessors);
+  const int64_t tiles = row_tiles * ceil_div(p.out_channels, columns);
+  const int64_t steps = product_of(p.kernel) * ceil_div(p.channels, kStepDepth);
+  return {kTileRows, columns, kStepDepth, bytes_of(columns), tiles, tiles * steps};
 }
 
 int64_t conv3d_workspace(const Conv3dParams& p, Conv3dPass pass) {

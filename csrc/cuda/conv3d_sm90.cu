@@ -14,21 +14,21 @@
 #include <algorithm>
 
 #include "conv3d_launch.h"
+#include "conv3d_sm90_tiles.h"
 #include "fastvdiff/conv3d.h"
 #include "ptx_sm90.h"
 
 namespace fastvdiff::cuda {
 namespace {
 
-constexpr int kTileRows = 128, kStepDepth = 64;  // of a tile; channels of a step: 128 bytes
+using namespace conv3d_sm90;
+
 constexpr int kWarpgroup = 128, kThreads = 3 * kWarpgroup;  // one copies, two multiply
-constexpr int kRowBytes = 128, kAligned = 1024;
-constexpr int kArena = 221184;  // of the 227 KiB that a block may have: as many stages as fit
 
 template <int COLUMNS>
-constexpr int kStep = (kTileRows + COLUMNS) * kRowBytes;
+constexpr int kStep = step_bytes(COLUMNS);
 template <int COLUMNS>
-constexpr int kStages = kArena / kStep<COLUMNS> < 8 ? kArena / kStep<COLUMNS> : 8;
+constexpr int kStages = stages_of(COLUMNS);
 
 struct Args {
   const float* bias;
@@ -264,22 +264,9 @@ CUtensorMap map_of_weight(const Conv3dParams& p, int columns) {
   return map;
 }
 
-// The width that takes the fewest columns, one wave of tiles after another. 64 are as many bytes of shared memory as the
-// tensor cores can wait for; a tile's beginning costs as much as 8.
-int columns_of(int64_t row_tiles, int columns, int multiprocessors) {
-  int best = 0;
-  int64_t least = 0;
-  for (const int width : {256, 160, 128, 64}) {
-    const int64_t waves = ceil_div(row_tiles * ceil_div(columns, width), multiprocessors);
-    const int64_t cost = waves * (width == 64 ? 88 : width + 8);
-    if (best == 0 || cost < least) best = width, least = cost;
-  }
-  return best;
-}
-
 template <class T, int COLUMNS>
 void launch(const Conv3dParams& p, Args& a, int multiprocessors, void* stream) {
-  constexpr int kBytes = kStages<COLUMNS> * kStep<COLUMNS> + kAligned;
+  constexpr int kBytes = bytes_of(COLUMNS);
   static_assert(kBytes + 16 * kStages<COLUMNS> <= 227 * 1024, "a block's shared memory");
   const int64_t column_tiles = ceil_div(a.columns, COLUMNS), tiles = ceil_div(int64_t{a.rows}, kTileRows) * column_tiles;
   if (tiles >= int64_t{1} << 31) throw std::invalid_argument("conv3d: more tiles than a grid has blocks");

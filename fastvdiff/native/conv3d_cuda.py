@@ -194,6 +194,16 @@ def plans(
     dtype: torch.dtype,
 ) -> dict[str, Plan]:  # fmt: skip
     """What "forward", "data_gradient" and "weight_gradient" launch; `size` is (T, H, W) of x. Needs no GPU."""
+    numbers = sized_call(batch, channels, out_channels, size, kernel, geometry, dtype).numbers
+    names = ("forward", "data_gradient", "weight_gradient")
+    return {name: Plan(*library().cuda_conv3d_plan(which, numbers)) for which, name in enumerate(names)}
+
+
+def sized_call(
+    batch: int, channels: int, out_channels: int, size: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry,
+    dtype: torch.dtype,
+) -> Call:  # fmt: skip
+    """A forward call without tensors; `size` is (T, H, W) of x."""
     x = torch.empty((batch, channels, *size), dtype=dtype, device="meta")
     weight = torch.empty((out_channels, channels, *kernel), device="meta")
     extents = (d * (k - 1) + 1 for k, d in zip(kernel, geometry.dilation, strict=True))
@@ -202,9 +212,7 @@ def plans(
         (n + sum(both) - extent) // stride + 1
         for n, both, extent, stride in zip(size, sides, extents, geometry.stride, strict=True)
     )
-    numbers = _of(x, weight, geometry, out_size).numbers
-    names = ("forward", "data_gradient", "weight_gradient")
-    return {name: Plan(*library().cuda_conv3d_plan(which, numbers)) for which, name in enumerate(names)}
+    return _of(x, weight, geometry, out_size)
 
 
 def _of(x: torch.Tensor, weight: torch.Tensor, geometry: Geometry, out_size: tuple[int, ...]) -> Call:

@@ -10,9 +10,9 @@ import torch
 
 from . import conv3d_cuda as portable
 from . import library, multiprocessors, on_device, stream
-from .conv3d_cuda import Geometry, weight_gradient
+from .conv3d_cuda import Geometry, Plan, weight_gradient
 
-__all__ = ["Geometry", "forward", "input_gradient", "weight_gradient"]
+__all__ = ["Geometry", "forward", "input_gradient", "plans", "weight_gradient"]
 
 _Optional = torch.Tensor | None
 
@@ -34,20 +34,45 @@ def input_gradient(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: Geometry, prefix: _Optional
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `conv3d_cuda.input_gradient`."""
-    plain = geometry.stride == (1, 1, 1) and not any(geometry.replicate) and prefix is None
     dx = torch.empty_like(x)
-    if plain and dx.numel():
-        kernel = weight.shape[2:]
-        before = [d * (k - 1) - p for d, k, p in zip(geometry.dilation, kernel, geometry.padding[::2], strict=True)]
-        if min(before) >= 0:
-            call, _, _ = portable.forward_call(
-                grad, weight.transpose(0, 1).flip(2, 3, 4), None,
-                geometry._replace(padding=tuple(n for b in before for n in (b, 0))), None, None, None, 0,
-                tuple(x.shape[2:]), True, out=dx,
-            )  # fmt: skip
-            if _done(call, x):
-                return dx, None
+    turned = _turned_round(geometry, weight.shape[2:]) if prefix is None and dx.numel() else None
+    if turned is not None:
+        call, _, _ = portable.forward_call(
+            grad, weight.transpose(0, 1).flip(2, 3, 4), None, turned, None, None, None, 0, tuple(x.shape[2:]), True,
+            out=dx,
+        )  # fmt: skip
+        if _done(call, x):
+            return dx, None
     return portable.input_gradient(grad, x, weight, geometry, prefix)
+
+
+def plans(
+    batch: int, channels: int, out_channels: int, size: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry,
+    dtype: torch.dtype, count: int,
+) -> dict[str, Plan]:  # fmt: skip
+    """What the passes that the kernel runs launch on `count` multiprocessors, as `conv3d_cuda.plans`.
+
+    `blocks` counts tiles, of which each multiprocessor takes one after another.
+    """
+    if dtype == torch.float32 or channels % 8 or out_channels % 8 or any(geometry.replicate):
+        return {}
+    call = portable.sized_call(batch, channels, out_channels, size, kernel, geometry, dtype)
+    calls = {"forward": call}
+    turned = _turned_round(geometry, kernel)
+    if turned is not None:
+        calls["data_gradient"] = portable.sized_call(
+            batch, out_channels, channels, call.out_size, kernel, turned, dtype
+        )
+    return {name: Plan(*library().cuda_conv3d_sm90_plan(each.numbers, count)) for name, each in calls.items()}
+
+
+def _turned_round(geometry: Geometry, kernel: tuple[int, ...]) -> Geometry | None:
+    """The convolution of the gradient that gives x's, or None where it is none that starts in the padding."""
+    reach = [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True) for _ in range(2)]
+    padding = [r - p for r, p in zip(reach, geometry.padding, strict=True)]
+    if geometry.stride != (1, 1, 1) or any(geometry.replicate) or min(padding[::2]) < 0:
+        return None
+    return geometry._replace(padding=tuple(padding))
 
 
 def _done(call: portable.Call, x: torch.Tensor) -> bool:

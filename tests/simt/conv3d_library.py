@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastvdiff.native import conv3d_cuda as native
-from fastvdiff.native import norm_silu_conv3d_cuda
+from fastvdiff.native import conv3d_cuda_sm90, norm_silu_conv3d_cuda
 from fastvdiff.ops import registration
 
 from .host import _loaded, call, library
@@ -61,11 +61,15 @@ class Library:
         function.restype = ctypes.c_int64
         return function(ctypes.byref(_params((0,) * 22, numbers)), ctypes.c_int32(which))
 
-    def cuda_conv3d_plan(self, which: int, numbers: tuple[int, ...]) -> list[int]:
+    def cuda_conv3d_plan(self, which: int, numbers: tuple[int, ...], multiprocessors: int = 0) -> list[int]:
         found = (ctypes.c_int64 * 6)()
         params = _params((0,) * 22, numbers)
-        _loaded(library(SOURCES)).conv3d_plan_of(ctypes.byref(params), ctypes.c_int32(which), found)
+        which, multiprocessors = ctypes.c_int32(which), ctypes.c_int32(multiprocessors)
+        _loaded(library(SOURCES)).conv3d_plan_of(ctypes.byref(params), which, multiprocessors, found)
         return list(found)
+
+    def cuda_conv3d_sm90_plan(self, numbers: tuple[int, ...], multiprocessors: int) -> list[int]:
+        return self.cuda_conv3d_plan(0, numbers, multiprocessors)
 
     def cuda_conv3d(
         self, which: int, addresses: tuple[int, ...], strides: tuple[int, ...], numbers: tuple[int, ...], stream: int
@@ -91,8 +95,9 @@ def shim(build: str = "ordinary", descending: bool = False, replacement: Library
     """Within the block the native modules run on the shim, and impl="cuda" takes CPU tensors."""
     replacement = replacement or Library(build, descending)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (native, norm_silu_conv3d_cuda):
+        for module in (native, conv3d_cuda_sm90, norm_silu_conv3d_cuda):
             patch.setattr(module, "library", lambda: replacement)
+        for module in (native, norm_silu_conv3d_cuda):
             patch.setattr(module, "address", replacement.address)
         patch.setattr(registration, "on_cuda", lambda facts: None)
         yield

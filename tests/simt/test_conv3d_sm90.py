@@ -72,7 +72,6 @@ def _pixels(x: torch.Tensor, dim: int, coordinates: list[int]) -> torch.Tensor:
 def copies() -> Iterator[Copies]:
     replacement = Copies()
     with shim(replacement=replacement), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv3d_cuda_sm90, "library", lambda: replacement)
         patch.setattr(conv3d_cuda_sm90, "multiprocessors", lambda x: 1)
         patch.setattr(registration, "on_sm90a", lambda facts: None)
         yield replacement
