@@ -21,17 +21,24 @@ def training_target(
     return original if prediction_type == "sample" else velocity(original, noise, alpha)
 
 
-def min_snr_weight(prediction_type: str, alpha: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
+def min_snr_weight(prediction_type: str, alpha: torch.Tensor, gamma: float = 5.0, floor: float = 0.0) -> torch.Tensor:
     """The weight of each noise level that stops the easy ones from dominating (Hang et al. 2023, arXiv:2303.09556).
 
-    min(SNR, gamma) over SNR for epsilon, over 1 for sample, over SNR + 1 for v. alpha: cumulative products (B,).
-    Returns (B,); finite at SNR = 0 and SNR = infinity.
+    min(SNR, gamma) over SNR for epsilon, over 1 for sample, over SNR + 1 for v. floor: the SNR counts as at least this
+    much, so that near pure noise x0 keeps a weight (1 in Salimans and Ho 2022, arXiv:2202.00512, "truncated SNR").
+    alpha: cumulative products (B,). Returns (B,); finite at SNR = 0 and SNR = infinity, but for epsilon with a floor,
+    which raises ValueError, as does a floor above gamma.
     """
     check_prediction_type("min_snr_weight", prediction_type)
     snr = signal_to_noise(alpha)
+    if not 0 <= floor <= gamma or (floor > 0 and prediction_type == "epsilon"):
+        raise ValueError(
+            f"min_snr_weight: floor: expected 0, or for sample and v_prediction up to gamma = {gamma:g}, got {floor:g} "
+            f"for {prediction_type}"
+        )
     if prediction_type == "epsilon":
         return (gamma / snr).clamp(max=1)
-    capped = snr.clamp(max=gamma)
+    capped = snr.clamp(floor, gamma)
     return capped if prediction_type == "sample" else capped * (1 - alpha)
 
 
@@ -43,13 +50,14 @@ def diffusion_loss(
     prediction_type: str = "epsilon",
     *,
     snr_gamma: float | None = None,
+    snr_floor: float = 0.0,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean squared error against the training target, one value per sample, weighted by min-SNR if asked.
 
-    model_output, original, noise: (B, ...). alpha: cumulative products at each sample's timestep, (B,). snr_gamma:
-    min-SNR's gamma (the paper's is 5), or None for weight 1. mask: what counts, broadcastable to `original` (padded
-    frames at 0); the mean is over what counts. Returns (B,) in float32 (float64 for float64).
+    model_output, original, noise: (B, ...). alpha: cumulative products at each sample's timestep, (B,). snr_gamma,
+    snr_floor: of `min_snr_weight` (the paper's gamma is 5), or None for weight 1. mask: what counts, broadcastable to
+    `original` (padded frames at 0); the mean is over what counts. Returns (B,) in float32 (float64 for float64).
 
     Equivalent to `((model_output - target) ** 2).flatten(1).mean(1) * weight`.
     """
@@ -61,4 +69,6 @@ def diffusion_loss(
     else:
         counted = mask.to(wide).expand_as(error)
         loss = (error * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
-    return loss if snr_gamma is None else loss * min_snr_weight(prediction_type, alpha.to(wide), snr_gamma)
+    if snr_gamma is None:
+        return loss
+    return loss * min_snr_weight(prediction_type, alpha.to(wide), snr_gamma, snr_floor)

@@ -77,10 +77,11 @@ class TextConfig:
 class DiffusionConfig:
     """The forward process, what the network predicts, and how noise levels are weighted.
 
-    snr_gamma: min-SNR's gamma (arXiv:2303.09556); left out, every noise level counts alike. noise: "iid", or frames
-    that share noise, "mixed" or "progressive" (arXiv:2305.10474). unconditional: the share of captions that are
-    dropped, for classifier-free guidance. timestep_shift: s > 1 trains more on the noisy steps, where a caption decides
-    what is seen: a uniform share u of the steps becomes s u / (1 + (s - 1) u) (arXiv:2403.03206, eq. 23).
+    snr_gamma: min-SNR's gamma (arXiv:2303.09556); left out, every noise level counts alike. snr_floor: the SNR counts
+    as at least this much there, so that x0 or v keeps a weight near pure noise (1 in arXiv:2202.00512). noise: "iid",
+    or frames that share noise, "mixed" or "progressive" (arXiv:2305.10474). unconditional: the share of captions that
+    are dropped, for classifier-free guidance. timestep_shift: s > 1 trains more on the noisy steps, where a caption
+    decides what is seen: a uniform share u of the steps becomes s u / (1 + (s - 1) u) (arXiv:2403.03206, eq. 23).
     """
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
@@ -90,6 +91,7 @@ class DiffusionConfig:
     beta_end: Positive = 0.02
     zero_terminal_snr: bool = False
     snr_gamma: Positive | None = None
+    snr_floor: Annotated[float, Within(least=0)] = 0.0
     noise: Literal["iid", "mixed", "progressive"] = "iid"
     unconditional: Fraction = 0.1
     timestep_shift: Positive = 1.0
@@ -97,6 +99,11 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
             raise ValueError("zero_terminal_snr: at zero signal the noise says nothing; use v_prediction or sample")
+        if self.snr_floor > 0 and (self.prediction_type == "epsilon" or not self.snr_floor <= (self.snr_gamma or 0)):
+            raise ValueError(
+                "snr_floor: expected 0, or up to snr_gamma with v_prediction or sample, got "
+                f"{self.snr_floor:g} with snr_gamma = {self.snr_gamma} and {self.prediction_type}"
+            )
 
     def scheduler(self) -> DDIMScheduler:
         """A sampler of this forward process, starting from its last, noisiest step."""

@@ -66,5 +66,7 @@ class Objective:
         text, mask = text_encoder(captions, drop=draws.drop)
         noisy = add_noise(video, draws.noise, alpha)
         output = unet(noisy, draws.timesteps, text, encoder_attention_mask=mask)
-        gamma = self.config.snr_gamma if weighted else None
-        return diffusion_loss(output, video, draws.noise, alpha, self.config.prediction_type, snr_gamma=gamma)
+        config, target = self.config, (video, draws.noise, alpha, self.config.prediction_type)
+        if not weighted:
+            return diffusion_loss(output, *target)
+        return diffusion_loss(output, *target, snr_gamma=config.snr_gamma, snr_floor=config.snr_floor)

@@ -20,7 +20,7 @@ class Validation:
     """Measures modules on `clips`, decoded in the training process and kept in memory like the others.
 
     The same clips, frames, noise levels and noise every time, every caption used, no weighting: runs with one seed,
-    prediction type and forward process compare, whatever their `snr_gamma`, `unconditional` or `timestep_shift`.
+    prediction type and forward process compare, whatever their weights, `unconditional` or `timestep_shift`.
     """
 
     def __init__(self, clips: VideoFolder, config: TrainConfig, objective: Objective, precision: Precision) -> None:

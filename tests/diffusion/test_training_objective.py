@@ -95,6 +95,18 @@ def test_min_snr_weight_is_finite_at_both_ends(kind: str) -> None:
         assert weight.tolist() == [1.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("kind", ["sample", "v_prediction"])
+def test_a_floor_keeps_a_weight_near_pure_noise(kind: str) -> None:
+    """The error of x0 counts clamp(SNR, floor, gamma) times, from both targets."""
+    alpha = torch.tensor([0.0, 0.1, 0.75, 0.99], dtype=torch.float64)
+    weight = min_snr_weight(kind, alpha, 5.0, 1.0)
+    expected = torch.tensor([1.0, 1.0, 3.0, 5.0], dtype=torch.float64)
+    torch.testing.assert_close(weight, expected if kind == "sample" else expected * (1 - alpha))
+    ones = torch.ones(4, 2, dtype=torch.float64)
+    loss = diffusion_loss(ones, 0 * ones, 0 * ones, alpha, kind, snr_gamma=5.0, snr_floor=1.0)
+    torch.testing.assert_close(loss, weight)
+
+
 def test_loss_is_per_sample_in_float32_and_masks() -> None:
     clean, noise = torch.randn(SHAPE).bfloat16(), torch.randn(SHAPE).bfloat16()
     said = torch.randn(SHAPE).bfloat16().requires_grad_()
@@ -136,5 +148,8 @@ def test_errors() -> None:
             ValueError, match="prediction_type: expected one of 'epsilon', 'sample', 'v_prediction', got 'eps'"
         ):
             call()
+    for kind, floor in (("epsilon", 1.0), ("sample", 6.0), ("v_prediction", -1.0)):
+        with pytest.raises(ValueError, match=f"floor: expected 0, or .* up to gamma = 5, got {floor:g} for {kind}"):
+            min_snr_weight(kind, torch.tensor([0.5]), 5.0, floor)
     with pytest.raises(ValueError, match="schedule: expected one of"):
         make_betas("cubic", 10)

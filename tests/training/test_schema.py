@@ -72,6 +72,14 @@ REFUSED = [
     ("[model.changes]\nbase = 1\n", "run.toml: model: VideoUNetConfig: unknown key 'base'"),
     ("[model.changes]\ncross_attention_dim = 0\n", "cross_attention_dim: expected at least 1, got 0"),
     ('[diffusion]\nprediction_type = "epsilon"\nzero_terminal_snr = true\n', "zero_terminal_snr: at zero signal"),
+    (
+        "[diffusion]\nsnr_floor = 1.0\n",
+        "snr_floor: expected 0, or up to snr_gamma with v_prediction or sample, got 1 with",
+    ),
+    (
+        '[diffusion]\nprediction_type = "epsilon"\nsnr_gamma = 5.0\nsnr_floor = 1.0\n',
+        "snr_floor: expected 0, or up to snr_gamma with v_prediction or sample, got 1 with snr_gamma = 5.0 and epsilon",
+    ),
     ("[optimizer]\nwarmup_steps = 1000\n", "optimizer.warmup_steps: expected fewer than run.steps = 1000, got 1000"),
 ]
 

@@ -51,7 +51,15 @@ def test_the_same_clips_levels_and_noise_every_time(tmp_path: Path, clips: Path)
     )
     assert first["validation_loss_at_0.2"] != first["validation_loss_at_0.8"]
     torch.manual_seed(7)
-    assert losses("diffusion.snr_gamma=5", "diffusion.unconditional=0.9", "diffusion.timestep_shift=3") == first
+    assert (
+        losses(
+            "diffusion.snr_gamma=5",
+            "diffusion.snr_floor=1",
+            "diffusion.unconditional=0.9",
+            "diffusion.timestep_shift=3",
+        )
+        == first
+    )
     assert losses("run.batch_size=1") == pytest.approx(first, rel=1e-5)
 
 
