@@ -1,4 +1,4 @@
-"""On a CPU: diffusers' video networks before and after `swap_kernels`, the same weights."""
+"""On a CPU: the networks that `swap_kernels` knows before and after it, the same weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from benchmarks.memory import peak_bytes
 from benchmarks.record import Recorder
 from benchmarks.swap_cases import CASES
 from benchmarks.timing import Race
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
@@ -40,8 +42,8 @@ def test_swapped(name: str, training: bool, benchmark: Any, recorder: Recorder) 
     swapped.train(training)
     last = copy.deepcopy(eager)
     for parameter in last.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        if parameter.dim() in _CHANNELS_LAST:
+            parameter.data = parameter.data.contiguous(memory_format=_CHANNELS_LAST[parameter.dim()])
     providers = {
         "eager": _step(eager, inputs, training), "eager channels_last": _step(last, inputs, training),
         "fastvdiff": _step(swapped, inputs, training),
@@ -57,7 +59,8 @@ def test_swapped(name: str, training: bool, benchmark: Any, recorder: Recorder) 
 
 
 def _of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    return model(**inputs, return_dict=False)[0]
+    result = model(**inputs)
+    return result[0] if isinstance(result, tuple) else result
 
 
 def _step(model: nn.Module, inputs: dict[str, Any], training: bool) -> Callable[[], Any]:
