@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +47,46 @@ def conv3d(
         # One sample: the two biases are one vector, and the convolution adds it on its way out.
         bias = channel_bias[0].to(wide) if bias is None else bias + channel_bias[0].to(wide)
         channel_bias = None
-    y = _convolve(h, weight.to(wide), bias, stride, symmetric, dilation, groups, channels_last)
+    apart = x.device.type == "cpu" and _records(bias)
+    added = bias.detach() if apart else bias
+    y = _convolve(h, weight.to(wide), added, stride, symmetric, dilation, groups, channels_last)
+    if apart:
+        y = _BiasGradient.apply(y, bias)
     if channel_bias is not None:
         y = _add(y, channel_bias[..., None, None] if channel_bias.dim() == 3 else channel_bias[..., None, None, None])
     if residual is not None:
         y = _add(y, residual)
     y = _in_format(y.to(x.dtype), channels_last)
     return (y, moments(y, stats_groups)) if stats_groups else y
+
+
+def _records(bias: torch.Tensor | None) -> bool:
+    """Whether autograd alone will ask for the gradient: transforms and compilers get the convolution as it is."""
+    recorded = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    return recorded and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+class _BiasGradient(torch.autograd.Function):
+    """y, to which `bias` (C,) was added without autograd: gives it the sum of y's gradient.
+
+    oneDNN sums a bias gradient in float32, one chain a thread: ten times less exact than torch's sum, and no faster.
+    """
+
+    @staticmethod
+    def forward(y: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return y.data  # no view of y, which an activation could not overwrite
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return grad, grad.sum((0, 2, 3, 4))
+
+    @staticmethod
+    def jvp(ctx: Any, y: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return y + bias[:, None, None, None]
 
 
 @torch.no_grad()

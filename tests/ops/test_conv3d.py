@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 
 from fastvdiff import dispatch
 from fastvdiff.ops import conv3d, group_norm_silu
@@ -193,6 +194,54 @@ def test_vmap(layout: str) -> None:
     folded = conv3d(clips.flatten(0, 1), weight, padding=1).unflatten(0, (3, 2))
     exact = eager(clips.flatten(0, 1).double(), weight.double(), sides=(1,) * 6).unflatten(0, (3, 2))
     assert_close(mapped, exact, folded)
+
+
+@pytest.mark.parametrize("kernel", [(1, 1, 1), (1, 3, 3), (3, 1, 1), (3, 3, 3)], ids=str)
+@pytest.mark.parametrize("layout", FORMATS[:2])
+def test_bias_gradient_is_as_exact_as_a_sum_on_one_thread(layout: str, kernel: tuple[int, int, int]) -> None:
+    """oneDNN's own would be 2e-6 off here: it is one chain of 16,384 sums."""
+    threads = torch.get_num_threads()
+    x, bias = laid_out(torch.randn(1, 8, 16, 32, 32), layout), torch.randn(8, requires_grad=True)
+    try:
+        torch.set_num_threads(1)
+        y = conv3d(x, torch.randn(8, 8, *kernel), bias, padding="same")
+        grad = laid_out(torch.randn(y.shape), layout)
+        (found,) = torch.autograd.grad(y, bias, grad)
+    finally:
+        torch.set_num_threads(threads)
+    expected = grad.double().sum((0, 2, 3, 4))
+    assert (found - expected).norm() / expected.norm() < 5e-7
+
+
+@pytest.mark.parametrize("kernel", [(1, 1, 1), (1, 3, 3), (3, 1, 1), (3, 3, 3)], ids=str)
+def test_an_activation_may_overwrite_the_result(kernel: tuple[int, int, int]) -> None:
+    x, weight, bias = torch.randn(2, 4, 3, 5, 5), torch.randn(4, 4, *kernel), torch.randn(4)
+    grads = []
+    for overwrite in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        F.relu(conv3d(*leaves, padding="same"), inplace=overwrite).square().sum().backward()
+        grads.append([t.grad for t in leaves])
+    torch.testing.assert_close(*grads)
+
+
+def test_forward_mode_and_a_gradient_within_vmap_reach_the_bias() -> None:
+    x, weight = torch.randn(3, 2, 4, 2, 5, 5).double(), torch.randn(3, 4, 1, 3, 3).double()
+    bias, along = torch.randn(3).double(), torch.randn(3).double()
+
+    def call(bias: torch.Tensor) -> torch.Tensor:
+        return conv3d(x[0], weight, bias, padding="same", impl="reference")
+
+    _, tangent = torch.func.jvp(call, (bias.requires_grad_(),), (along,))
+    with forward_ad.dual_level():
+        dual = call(forward_ad.make_dual(bias, along))
+        for each in (tangent, forward_ad.unpack_dual(dual).tangent):
+            torch.testing.assert_close(each, along.view(1, 3, 1, 1, 1).expand_as(each))
+    grads = torch.vmap(
+        torch.func.grad(lambda b, t: conv3d(t, weight, b, padding="same", impl="reference").square().sum()), (None, 0)
+    )(bias, x)
+    for each, clip in zip(grads, x, strict=True):
+        y = F.conv3d(clip, weight, bias, padding="same")
+        torch.testing.assert_close(each, 2 * y.sum((0, 2, 3, 4)))
 
 
 @pytest.mark.parametrize("channels", [40, 320])
