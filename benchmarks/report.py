@@ -43,15 +43,24 @@ def _verdict(row: Row) -> str:
 
 
 def table(record: Record) -> str:
-    """The README's table of a CPU's results."""
-    lines = [
+    """The README's tables of a CPU's results."""
+    head = (
         f"{record['device']}, {record['isa']}, {record['threads']} threads, torch {record['torch']}; float32,"
-        " medians in milliseconds of interleaved rounds.",
-        "",
+        " medians in milliseconds of interleaved rounds."
+    )
+    tables = {"swap_kernels": _swap_table, "training": _training_table}
+    grouped: dict[str, list[Record]] = {"": [], **{op: [] for op in tables}}
+    for case in record["cases"]:
+        grouped[case["op"] if case["op"] in tables else ""].append(case)
+    parts = [{"": _ops_table, **tables}[op](cases) for op, cases in grouped.items() if cases]
+    return "\n\n".join((head, *("\n".join(lines) for lines in parts)))
+
+
+def _ops_table(cases: Sequence[Record]) -> list[str]:
+    lines = [
         "| case | eager | eager channels_last | torch.compile | fastvdiff | against eager | target |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    cases = [case for case in record["cases"] if case["op"] != "training"]
     for case in cases:
         if not case["correct"]:
             lines.append(f"| {case['case']} | FAILED | | | | | |")
@@ -61,14 +70,27 @@ def table(record: Record) -> str:
         ratio = median["eager"] / median["fastvdiff"]
         target = "" if case["target"] is None else f"{case['target']:.1f}x"
         lines.append(f"| {case['case']} | {' | '.join(shown)} | {ratio:.2f}x | {target} |")
-    return "\n".join(lines + _training_table([case for case in record["cases"] if case["op"] == "training"]))
+    return lines
+
+
+def _swap_table(cases: Sequence[Record]) -> list[str]:
+    """Networks before and after swap_kernels: times, and the most memory that the tensors of one run held."""
+    lines = [
+        "| swapped network | eager | eager channels_last | fastvdiff | against eager | peak memory |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for case in cases:
+        before, last, after = (case["times"][p]["median"] for p in ("eager", "eager channels_last", "fastvdiff"))
+        peaks = " to ".join(f"{case['extra'][f'peak MB {p}']:.0f}" for p in ("eager", "fastvdiff"))
+        lines.append(
+            f"| {case['case']} | {before:.0f} | {last:.0f} | {after:.0f} | {before / after:.2f}x | {peaks} MB |"
+        )
+    return lines
 
 
 def _training_table(cases: Sequence[Record]) -> list[str]:
     """Whole training steps by who made them: how many a second, and the most memory that one of them held."""
-    if not cases:
-        return []
-    lines = ["", "| training | steps per second | against eager | peak memory |", "|---|---:|---:|---:|"]
+    lines = ["| training | steps per second | against eager | peak memory |", "|---|---:|---:|---:|"]
     for case in cases:
         eager = case["times"]["eager"]["median"]
         for provider, spread in case["times"].items():
@@ -81,11 +103,12 @@ def _training_table(cases: Sequence[Record]) -> list[str]:
 def write(results: Path = RESULTS, readme: Path = ROOT / "README.md") -> list[Path]:
     """Put the tables of all results files between the README's markers, and each GPU's own beside its results.
 
-    Returns the files written. A GPU's page stands in its folder; the README shows its headline cases.
+    Returns the files written. A GPU's page stands in its folder; the README shows its headline cases. The machine
+    with the most cases comes first.
     """
     tables, written = [], [readme]
-    for file in sorted(results.rglob("*.json")):
-        record = json.loads(file.read_text())
+    records = [(file, json.loads(file.read_text())) for file in sorted(results.rglob("*.json"))]
+    for file, record in sorted(records, key=lambda each: -len(each[1]["cases"])):
         if "backend" not in record:
             tables.append(table(record))
             continue

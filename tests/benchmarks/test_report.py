@@ -97,15 +97,19 @@ def test_tables_are_written_between_the_marks(tmp_path: Path) -> None:
     assert "## temporal_attention" in page.read_text()
 
 
-def test_training_steps_have_a_table_of_their_own() -> None:
+def test_training_steps_and_swapped_networks_have_tables_of_their_own() -> None:
     def case(op: str, **medians: float) -> dict[str, object]:
         times = {name: {"median": median} for name, median in medians.items()}
-        extra = {f"peak MB {name}": 10.4 * median for name, median in medians.items()} if op == "training" else {}
+        extra = {f"peak MB {name}": 10.4 * median for name, median in medians.items()} if op != "conv3d" else {}
         return {"op": op, "case": op, "correct": True, "times": times, "target": None, "extra": extra}
 
     cpu = {"device": "CPU", "isa": "avx2", "threads": 2, "torch": "2", "cases": [case("conv3d", eager=2, fastvdiff=1)]}
     assert "steps per second" not in report.table(cpu)
-    cpu["cases"].append(case("training", eager=100, fastvdiff=50, lucidrains=200))
+    assert "swapped" not in report.table(cpu)
+    swapped = case("swap_kernels", **{"eager": 100, "eager channels_last": 80, "fastvdiff": 50})
+    cpu["cases"] += [case("training", eager=100, fastvdiff=50, lucidrains=200), swapped]
+    assert "\n| swap_kernels | 100 | 80 | 50 | 2.00x | 1040 to 520 MB |\n" in report.table(cpu)
+    cpu["cases"].pop()
     ops, _, training = report.table(cpu).partition("| training |")
     assert ops.count("\n| ") == 2  # the head and conv3d
     assert [line.split(" | ")[1:] for line in training.splitlines()[2:]] == [
