@@ -169,6 +169,15 @@ def _narrow_dtypes() -> tuple[torch.dtype, ...]:
 _FAST_ON_CPU = (torch.float32, torch.float64, *_narrow_dtypes())
 
 
+def beats_torch(x: torch.Tensor, dtype: torch.dtype, weight: torch.Tensor, groups: int) -> bool:
+    """Whether F.conv3d on x, computed in `dtype`, would take a path of half the speed of the one taken here.
+
+    On a CPU those are im2col, and 16-bit dtypes that oneDNN emulates or does not know.
+    """
+    slow = dtype not in _FAST_ON_CPU or (dtype == x.dtype and _torch_takes_im2col(x, weight, groups))
+    return x.device.type == "cpu" and slow
+
+
 def _computed_in(x: torch.Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "cpu" and x.dtype not in _FAST_ON_CPU else x.dtype
 

@@ -19,9 +19,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
-from .target import Target
-
-_MARK = "_fastvdiff_swapped"
+from .target import MARK, Target, eager_class
 
 
 def swap(module: Any, target: Target, recompute: bool, method: str = "forward") -> None:
@@ -32,13 +30,13 @@ def swap(module: Any, target: Target, recompute: bool, method: str = "forward") 
 def restore(module: nn.Module) -> bool:
     """Give `module` back the class it had; False where it has not been swapped."""
     cls = type(module)
-    if _MARK in cls.__dict__:
+    if MARK in cls.__dict__:
         module.__class__ = cls.__base__
         return True
     if not is_swapped(module):
         return False
     # Something has put a class of its own on top since, as fully_shard does: it stays, on the class of before.
-    bases = tuple(b.__base__ if _MARK in b.__dict__ else b for b in cls.__bases__)
+    bases = tuple(b.__base__ if MARK in b.__dict__ else b for b in cls.__bases__)
     if bases == cls.__bases__:
         raise RuntimeError(f"{cls.__name__}: a class two levels above the swapped one; undo what was put on top first")
     own = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
@@ -65,14 +63,14 @@ def eager(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
 
 
+def target_of(module: nn.Module) -> Target | None:
+    """The target whose forward the module runs."""
+    return getattr(type(module), MARK, None)
+
+
 def is_swapped(module: nn.Module) -> bool:
     """Whether the module runs a target's forward."""
-    return any(_MARK in base.__dict__ for base in type(module).__mro__)
-
-
-def eager_class(cls: type) -> type:
-    """The class below a swapped one, else `cls` itself."""
-    return cls.__base__ if _MARK in cls.__dict__ else cls
+    return any(MARK in base.__dict__ for base in type(module).__mro__)
 
 
 @functools.cache
@@ -84,7 +82,7 @@ def _swapped_class(base: type, target: Target, recompute: bool, method: str) -> 
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce_to_eager,
         method: _checkpointed(target, eager) if recompute else _forward(target, eager),
-        _MARK: target,
+        MARK: target,
     }
     if issubclass(base, nn.Module) and not hasattr(base, "__deepcopy__"):
         body["__deepcopy__"] = _deepcopy
@@ -96,7 +94,7 @@ def _forward(target: Target, eager: Any) -> Any:
 
     @functools.wraps(eager)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch_module._has_any_global_hook() or not hasattr(self, _MARK):
+        if torch_module._has_any_global_hook() or not hasattr(self, MARK):
             # Whoever watches every module wants to see those that a kernel would pass over; and accelerate's hooks keep
             # the bound method that they found, which outlives the swap.
             return eager(self, *args, **kwargs)

@@ -16,17 +16,16 @@ _ORDER_UNSEEN = (
     "not beside a SiLU in a Sequential, nor in a block that is known: what follows it is decided in code that"
     " cannot be seen from here"
 )
-_NO_KERNEL = "torch's own convolution is used as it is outside the blocks that are known"
 
 
 def swap_kernels(model: nn.Module, *, gradient_checkpointing: bool = False) -> SwapReport:
     """Put fastvdiff's kernels behind the modules of a model that somebody else wrote.
 
-    Modules are found by class name and structure: diffusers' video U-Nets and video autoencoders, and GroupNorm with
-    SiLU in any Sequential. Each keeps its parameters, buffers, hooks, module path and state_dict keys, and stays an
-    instance of its class; `train()`, LoRA, gradient checkpointing, autocast, DDP, FSDP2 and torch.compile go on
-    working. What is not understood is left alone, with a reason in the report. A call that a kernel does not support,
-    or gives to its reference, takes the module's own forward.
+    Modules are found by class name and structure: diffusers' video U-Nets and video autoencoders, and in any module
+    torch's Conv3d, and GroupNorm with SiLU in a Sequential. Each keeps its parameters, buffers, hooks, module path and
+    state_dict keys, and stays an instance of its class; `train()`, LoRA, gradient checkpointing, autocast, DDP, FSDP2
+    and torch.compile go on working. What is not understood is left alone, with a reason in the report. A call that a
+    kernel does not support, or gives to its reference, takes the module's own forward.
 
     Args:
         model: the model, changed in place.
@@ -44,14 +43,21 @@ def swap_kernels(model: nn.Module, *, gradient_checkpointing: bool = False) -> S
     report = SwapReport(model)
     known = targets()
     covered: set[str] = set()
+    read: set[str] = set()  # of those, by a forward that takes their parameters and does not call them
     for path, module in list(model.named_modules()):
+        if path in read and type(module) is nn.Conv3d:
+            continue
         target, reason = _find(module, known)
         if target is not None:
             classes.swap(module, target, gradient_checkpointing and target.temporal, target.method)
             report.add(path, module, Entry(path, type(module).__name__, target.what))
-            covered.update(f"{path}.{name}" if path else name for name in _below(module, target.covers))
         elif reason and not (path in covered and isinstance(module, _LAYERS)):
             report.refused.append(Entry(path, type(module).__name__, reason))
+        around = target or classes.target_of(module)
+        if around is not None:
+            below = {f"{path}.{name}" if path else name for name in _below(module, around.covers)}
+            covered |= below
+            read |= set() if around.calls else below
     return report
 
 
@@ -84,6 +90,4 @@ def _find(module: nn.Module, known: tuple[Target, ...]) -> tuple[Target | None, 
         return None, "; ".join(reasons)
     if isinstance(module, nn.GroupNorm):
         return None, _ORDER_UNSEEN
-    if isinstance(module, nn.Conv3d):
-        return None, _NO_KERNEL
     return None, None

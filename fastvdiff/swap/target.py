@@ -30,6 +30,7 @@ class Target:
         recomputes in the backward.
     `covers`: norms and convolutions at most so many levels below it are part of what its forward computes, and not
         reported.
+    `calls`: it calls those convolutions, and does not read their parameters.
     `method`: the method that is exchanged; where `forward` wraps another in checkpointing, that other one.
     """
 
@@ -39,10 +40,12 @@ class Target:
     forward: Callable[..., Any]
     temporal: bool = False
     covers: int = 1
+    calls: bool = False
     method: str = "forward"
 
 
 UNRELATED = ""
+MARK = "_fastvdiff_swapped"  # of the classes that a swap makes
 _IN_FLOAT32 = ("GroupNorm32", "GroupNormSpecific")  # of the latent diffusion family
 _TARGETS: list[Target] = []
 
@@ -75,6 +78,11 @@ def takes(module: nn.Module, *names: str, method: str = "forward") -> bool:
     return tuple(inspect.signature(getattr(type(module), method)).parameters) == ("self", *names)
 
 
+def eager_class(cls: type) -> type:
+    """The class below a swapped one, else `cls` itself."""
+    return cls.__base__ if MARK in cls.__dict__ else cls
+
+
 def untouched(module: nn.Module) -> bool:
     """Whether calling `module` is nothing but its class's `forward`: no hook, no forward put on the instance."""
     return not (
@@ -100,9 +108,9 @@ def group_norm(module: Any) -> bool:
 def plain(module: Any, cls: type) -> bool:
     """Whether calling `module` is nothing but `cls.forward`, so that its parameters may be used without calling it.
 
-    No hook and no subclass: LoRA and quantised layers and parametrisations are subclasses.
+    No hook and no subclass: LoRA and quantised layers and parametrisations are subclasses. A swap makes no difference.
     """
-    return type(module) is cls and untouched(module)
+    return eager_class(type(module)) is cls and untouched(module)
 
 
 def silu(module: Any) -> bool:

@@ -95,7 +95,7 @@ REPLACED = {
     ltx: {"LTXVideoCausalConv3d"},
     mochi: {"CogVideoXCausalConv3d", "MochiResnetBlock3D"},
     easyanimate: {"EasyAnimateCausalConv3d", "EasyAnimateResidualBlock3D"},
-    svd_decoder: {"ResnetBlock2D", "TemporalResnetBlock", "AlphaBlender"},
+    svd_decoder: {"ResnetBlock2D", "TemporalResnetBlock", "AlphaBlender", "Conv3d"},
 }
 
 

@@ -40,7 +40,7 @@ def sgm(time_context: torch.Tensor | None = None, **options: Any) -> tuple[nn.Mo
 
 # in_layers and out_layers of every ResBlock, and the last norm, are found as Sequentials besides.
 PLAIN = {"ResBlock": 3, "TemporalTransformer": 1, "Sequential": 7}
-WITH_CONVOLUTIONS = {**PLAIN, "TemporalConvBlock": 3, "Sequential": 19}
+WITH_CONVOLUTIONS = {**PLAIN, "TemporalConvBlock": 3, "Sequential": 19, "Conv3d": 12}
 SGM = {"VideoResBlock": 2, "ResBlock": 2, "SpatialVideoTransformer": 1, "AlphaBlender": 3, "Sequential": 9}
 MAKES = {
     "lvdm": (lvdm, PLAIN),
@@ -60,7 +60,10 @@ MAKES = {
         partial(sgm, transformer={"use_linear": False, "ff_in": False, "disable_temporal_crossattention": True}),
         SGM,
     ),
-    "modelscope": (modelscope, {"ResBlock": 2, "TemporalTransformer": 1, "TemporalConvBlock_v2": 2, "Sequential": 13}),
+    "modelscope": (
+        modelscope,
+        {"ResBlock": 2, "TemporalTransformer": 1, "TemporalConvBlock_v2": 2, "Sequential": 13, "Conv3d": 8},
+    ),
 }
 
 

@@ -55,10 +55,10 @@ def frames_apart() -> tuple[nn.Module, contract.Inputs]:
 
 RESNETS, BLOCKS, OVER_FRAMES = 5, 10, 4
 REPLACED = {
-    groups: {"Block": BLOCKS, "ResnetBlock": RESNETS, "Residual": OVER_FRAMES},
-    focused: {"Block": BLOCKS, "ResnetBlock": RESNETS, "Residual": OVER_FRAMES},
-    all_focused: {"Block": BLOCKS, "ResnetBlock": RESNETS, "Residual": OVER_FRAMES},
-    rms: {"ResnetBlock": RESNETS, "Residual": OVER_FRAMES},
+    groups: {"Block": BLOCKS, "ResnetBlock": RESNETS, "Residual": OVER_FRAMES, "Conv3d": 2},
+    focused: {"Block": BLOCKS, "ResnetBlock": RESNETS, "Residual": OVER_FRAMES, "Conv3d": 2},
+    all_focused: {"Block": BLOCKS, "ResnetBlock": RESNETS, "Residual": OVER_FRAMES, "Conv3d": 2},
+    rms: {"ResnetBlock": RESNETS, "Residual": OVER_FRAMES, "Conv3d": 2 + BLOCKS},
     causal: {"Conv3d": 4, "Residual": 1, "RearrangeTimeCentric": 1},
     both_ways: {"Conv3d": 4, "Residual": 1, "RearrangeTimeCentric": 1},
     frames_apart: {"Conv3d": 4, "Residual": 1, "RearrangeTimeCentric": 1},
@@ -80,7 +80,8 @@ def test_what_is_left_alone_has_a_reason() -> None:
     assert "over channels" in reasons["mid_block1.block1"]
     assert "linear attention" in reasons["downs.0.1"]
     assert "not over frames" in reasons["mid_spatial_attn"]
-    assert contract.refusals(refused) == {"Block": BLOCKS, "Residual": 3, "Conv3d": 3 + BLOCKS}
+    assert "matrix product" in reasons["final_conv.1"]
+    assert contract.refusals(refused) == {"Block": BLOCKS, "Residual": 3, "Conv3d": 1}
     assert contract.refusals(fastvdiff.swap_kernels(causal()[0]).refused) == {"Block": 2}
 
 

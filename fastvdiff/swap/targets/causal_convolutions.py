@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastvdiff import ops
-from fastvdiff.swap.target import Target, register, untouched
+from fastvdiff.swap.target import Target, eager_class, register, untouched
 
 _WHAT = "padding inside the convolution"
 _CHUNKED_BYTES = 2 * 1024**3  # CogVideoXSafeConv3d's own limit: beyond it, it works in parts
@@ -16,7 +16,7 @@ _CHUNKED_BYTES = 2 * 1024**3  # CogVideoXSafeConv3d's own limit: beyond it, it w
 
 def _readable(conv: Any) -> bool:
     """Whether conv(x) is torch's Conv3d with its own parameters and zeros around."""
-    known = type(conv) is nn.Conv3d or type(conv).__name__ == "CogVideoXSafeConv3d"
+    known = eager_class(type(conv)) is nn.Conv3d or type(conv).__name__ == "CogVideoXSafeConv3d"
     return known and untouched(conv) and conv.padding_mode == "zeros"
 
 

@@ -48,4 +48,4 @@ def _forward(module: nn.Sequential, eager: Any, input: torch.Tensor) -> torch.Te
     return x
 
 
-register(Target(("Sequential",), "GroupNorm and SiLU in one pass", _check, _forward))
+register(Target(("Sequential",), "GroupNorm and SiLU in one pass", _check, _forward, calls=True))
