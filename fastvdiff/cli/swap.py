@@ -71,6 +71,8 @@ def inputs_of(network: Any, frames: int, size: int) -> dict[str, Any] | None:
     if name.startswith("AutoencoderKL") and config is not None:
         if name == "AutoencoderKLTemporalDecoder":
             return {"sample": torch.randn(frames, config.in_channels, size, size), "num_frames": frames}
+        if not any(isinstance(layer, torch.nn.Conv3d) for layer in network.modules()):  # an autoencoder of images
+            return {"sample": torch.randn(frames, config.in_channels, size, size)}
         return {"sample": torch.randn(1, config.in_channels, frames, size, size)}
     if name not in ("UNet3DConditionModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel", "I2VGenXLUNet"):
         return None

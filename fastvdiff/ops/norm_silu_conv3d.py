@@ -22,6 +22,7 @@ from .conv3d import (
     on_cuda,
     result_like,
     shape_of,
+    untimed,
 )
 from .conv3d import check as check_convolution
 from .group_norm_silu import group_norm_silu
@@ -265,6 +266,6 @@ registration.differentiable(
 dispatch.register(
     _OP,
     dispatch.Impl("cpu", registration.on_cpu, _call_cpu, frozenset({"x86_64"})),
-    dispatch.Impl("cuda", on_cuda, _call_kernel, frozenset(), tf32=True),
+    dispatch.Impl("cuda", on_cuda, _call_kernel, frozenset(), slower=untimed, tf32=True),
     dispatch.Impl("reference", lambda facts: None, _call_reference),
 )

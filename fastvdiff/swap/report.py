@@ -57,7 +57,15 @@ class SwapReport:
         Returns:
             Module by module: relative errors against float64 beside eager's, times and memory before and after; a
             table when printed. `.passed` says whether every error is within the numerics contract.
+
+        Raises:
+            TypeError: the report is that of a scheduler, which is no module: compare what its steps give.
         """
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(
+                "SwapReport.verify: expected the report of a network, by swap_kernels; this one is of "
+                f"{type(self.model).__name__}, which is no torch.nn.Module"
+            )
         return verify(self.model, self._modules, inputs, kwargs, seconds)
 
     def __rich__(self) -> Any:

@@ -158,7 +158,9 @@ def _measure(path: str, module: nn.Module, call: _Call, seconds: float) -> Measu
     )
     runs = [(_forward(m, call), _training(m, call)) for m in (eager, swapped)]
     times = [race(*pair, seconds, least=3) if seconds else (math.nan, math.nan) for pair in zip(*runs, strict=True)]
-    kept = tuple(_kept(training) for _, training in runs)
+    values = (*module.parameters(), *tree_flatten((call.args, call.kwargs))[0])
+    on_cuda = any(isinstance(value, torch.Tensor) and value.is_cuda for value in values)
+    kept = tuple(_kept(training, on_cuda) for _, training in runs)
     return Measured(path, type(module).__name__, *forward, *backward, *times, kept, failures)
 
 
@@ -244,9 +246,9 @@ def _training(module: nn.Module, call: _Call) -> Callable[[], Any]:
     return run
 
 
-def _kept(training: Callable[[], Any]) -> int:
+def _kept(training: Callable[[], Any], on_cuda: bool) -> int:
     """Peak bytes of a training step on CUDA; on a CPU, what autograd keeps, parameters and inputs included once."""
-    if torch.cuda.is_available():
+    if on_cuda:
         torch.cuda.reset_peak_memory_stats()
         training()
         return torch.cuda.max_memory_allocated()

@@ -300,16 +300,18 @@ def test_ctrl_c_saves_and_says_so(tmp_path: Path, clips: Path, number: int) -> N
 
 
 class TestSwap:
-    def test_a_model_is_built_swapped_and_verified(self, run: Run, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("model", "replaced"),
+        [("AutoencoderKLTemporalDecoder", "TemporalResnetBlock"), ("AutoencoderKL", "ResnetBlock2D")],
+    )
+    def test_a_model_is_built_swapped_and_verified(self, run: Run, tmp_path: Path, model: str, replaced: str) -> None:
         (tmp_path / "config.json").write_text(
             json.dumps({"block_out_channels": [32], "layers_per_block": 1, "sample_size": 8})
         )
-        result = run(
-            "swap", "--model", "AutoencoderKLTemporalDecoder", "--config", "config.json", "--frames", 2, "--size", 8
-        )
+        result = run("swap", "--model", model, "--config", "config.json", "--frames", 2, "--size", 8)
         assert result.exit_code == 0, result.output
-        assert "modules replaced in AutoencoderKLTemporalDecoder" in result.output
-        assert "TemporalResnetBlock" in result.output
+        assert f"modules replaced in {model}" in result.output
+        assert replaced in result.output
         assert "passed" in result.output
 
     def test_mistakes_are_one_line(self, run: Run, tmp_path: Path) -> None:

@@ -64,3 +64,9 @@ def test_other_schedulers_are_left_alone_with_a_reason() -> None:
     assert "not a DDIMScheduler" in report.refused[0].why
     with pytest.raises(TypeError, match="swap_scheduler: pipe: expected a diffusers pipeline or scheduler"):
         fastvdiff.swap_scheduler(3)
+
+
+def test_a_scheduler_has_no_network_to_verify() -> None:
+    report = fastvdiff.swap_scheduler(diffusers.DDIMScheduler())
+    with pytest.raises(TypeError, match=r"verify: expected the report of a network.* this one is of DDIMScheduler"):
+        report.verify()
