@@ -99,7 +99,7 @@ def mochi_resnet() -> tuple[nn.Module, contract.Inputs]:
 
 
 def easyanimate_resnet() -> tuple[nn.Module, contract.Inputs]:
-    return EasyAnimateResidualBlock3D(256, 512), {"hidden_states": clip(256)}
+    return FirstChunk(EasyAnimateResidualBlock3D(256, 512)), {"inputs": clip(256)}
 
 
 def original_motion_module() -> tuple[nn.Module, contract.Inputs]:
@@ -153,6 +153,21 @@ class Output(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.block(inputs)[0]
+
+
+class FirstChunk(nn.Module):
+    """A block that keeps frames for the next chunk of a video, as if there were none."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        y = self.block(inputs)
+        for module in self.modules():
+            if hasattr(module, "prev_features"):
+                module.prev_features = None
+        return y
 
 
 BLOCKS: dict[str, Callable[[], Any]] = {
