@@ -1,7 +1,8 @@
 """On a CPU: whole training steps of `fastvdiff train`, on the kernels, on the reference, and lucidrains' at its sizes.
 
 A step is what a run does between two log lines: the batch, noise, text, the network's forward and backward, clipping,
-AdamW, the averaged weights. Peak memory is what all tensors made in a step held at once.
+the optimizer, the averaged weights. "shapes" is the training that made the shipped checkpoint. Peak memory is what all
+tensors made in a step held at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from benchmarks import lucidrains
 from benchmarks.memory import peak_bytes
 from benchmarks.record import Recorder
 from benchmarks.timing import Race
+from fastvdiff.cli.train import ASSETS
 from fastvdiff.data import write_shapes
 from fastvdiff.training import TrainConfig, Trainer
 
@@ -35,13 +37,12 @@ def _trainer(folder: Path, name: str, batch: int, changes: dict[str, Any]) -> Tr
     clips = folder / "clips"
     if not clips.exists():
         write_shapes(clips, clips=CLIPS, num_frames=FRAMES, size=SIZE)
-    config = folder / f"{name}.toml"
-    lines = "\n".join(f"{key} = {value}" for key, value in changes.items())
-    config.write_text(
-        f'folder = "{folder / name}"\n[data]\nfolder = "{clips}"\n[run]\nsteps = 1000000\nbatch_size = {batch}\n'
-        f"[optimizer]\nwarmup_steps = 0\n[model.changes]\n{lines}\n"
-    )
-    trainer = Trainer(TrainConfig.load(config))
+    config, overrides = ASSETS / "shapes.toml", [f"folder={folder / name}", f"data.folder={clips}"]
+    if not name.startswith("shapes"):
+        config = folder / f"{name}.toml"
+        lines = "\n".join(f"{key} = {value}" for key, value in changes.items())
+        config.write_text(f"[optimizer]\nwarmup_steps = 0\n[model.changes]\n{lines}\n")
+    trainer = Trainer(TrainConfig.load(config, [*overrides, "run.steps=1000000", f"run.batch_size={batch}"]))
     torch.manual_seed(0)
     for parameter in trainer.modules["unet"].parameters():  # away from the zero-initialised projections
         torch.nn.init.normal_(parameter, std=0.05) if not parameter.any() else None
@@ -68,7 +69,9 @@ def _on_reference(step: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "changes"), [("tiny", 4, {}), ("vdm-32", 1, LUCIDRAINS)], ids=["tiny", "vdm"]
+    ("name", "batch", "changes"),
+    [("tiny", 4, {}), ("shapes", 8, {}), ("vdm-32", 1, LUCIDRAINS)],
+    ids=["tiny", "shapes", "vdm"],
 )
 def test_training_step(
     name: str, batch: int, changes: dict[str, Any], tmp_path: Path, benchmark: Any, recorder: Recorder
