@@ -71,10 +71,16 @@ def test_what_is_refused_and_what_has_a_forward_of_its_own() -> None:
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return -super().forward(input)
 
-    model = nn.ModuleList([nn.Conv3d(2, 2, 1), nn.Conv3d(2, 2, 3, padding=1, padding_mode="circular"), Other(2, 2, 3)])
+    class Inner(nn.Conv3d):
+        def _conv_forward(self, *arguments: torch.Tensor) -> torch.Tensor:
+            return -super()._conv_forward(*arguments)
+
+    circular = nn.Conv3d(2, 2, 3, padding=1, padding_mode="circular")
+    model = nn.ModuleList([nn.Conv3d(2, 2, 1), circular, Inner(2, 2, 3), Other(2, 2, 3)])
     report = fastvdiff.swap_kernels(model)
     assert not report.replaced
-    assert [e.path for e in report.refused] == ["0", "1"]
+    assert [e.path for e in report.refused] == ["0", "1", "2"]
+    assert "a way of its own" in report.refused[2].why
     assert "matrix product" in report.refused[0].why
     assert "padding_mode 'circular'" in report.refused[1].why
 

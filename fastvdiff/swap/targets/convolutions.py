@@ -18,6 +18,8 @@ _MODES = ("zeros", "replicate")
 def _check(conv: nn.Module) -> str | None:
     if not isinstance(conv, nn.Conv3d):
         return UNRELATED
+    if type(conv)._conv_forward is not nn.Conv3d._conv_forward:
+        return f"{type(conv).__name__} convolves in a way of its own"
     if conv.padding_mode not in _MODES:
         return f"padding_mode {conv.padding_mode!r}, which is none of {', '.join(_MODES)}"
     if all(k == 1 for k in conv.kernel_size):
