@@ -50,6 +50,8 @@ class Impl:
 
     `supports(facts)` returns None or a sentence that says why not. `slower(facts)` does the same for the classes of
     calls that measured slower than torch: they run where the implementation is asked for by name, never by themselves.
+    `raced(facts)` names the class of a call where only a race on the device itself can tell whether the implementation
+    is faster: it runs by itself in the classes that it has won in `fastvdiff verify`, and in no others.
     `verified` lists the architectures on which the implementation is known to be right from a committed result; None
     means that it needs no such proof (plain torch).
     """
@@ -60,14 +62,16 @@ class Impl:
     verified: frozenset[str] | None = None
     slower: Callable[[Facts], str | None] = lambda facts: None
     tf32: bool = False
+    raced: Callable[[Facts], str] | None = None
 
 
 @dataclass
 class Walk:
-    """How one call was decided: the op, the implementation that ran, and every other one's reason."""
+    """How one call was decided: the op, the implementation that ran, its facts, and every other one's reason."""
 
     op: str
     chosen: str
+    facts: Facts
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -108,12 +112,26 @@ def ops() -> dict[str, tuple[Impl, ...]]:
 
 def _reason_against(op: str, impl: Impl, facts: Facts) -> str | None:
     reason = impl.supports(facts) or impl.slower(facts)
-    if reason is not None or impl.verified is None:
-        return reason
+    if reason is None and impl.verified is not None:
+        reason = _unverified(f"{op}.{impl.name}", facts, impl.verified)
+    if reason is None and impl.raced is not None:
+        which = impl.raced(facts)
+        if verified.won(f"{op}.{impl.name}", which) not in _FOUND.get(facts.device, ()):
+            reason = f"has not won the race on this device: {which}"
+    return reason
+
+
+def _unverified(name: str, facts: Facts, architectures: frozenset[str]) -> str | None:
     here = _CPU if facts.device == "cpu" else verified.architecture(facts.device)
-    if here in impl.verified or (facts.device, f"{op}.{impl.name}") in _PASSED_HERE:
+    if here in architectures or name in _FOUND.get(facts.device, ()):
         return None
     return f"not verified on {here} yet: `fastvdiff verify` checks it on this device"
+
+
+def recall() -> None:
+    """Read again what `fastvdiff verify` has found on this machine, and go by that from now on."""
+    global _FOUND
+    _FOUND = verified.load()
 
 
 def choose(op: str, facts: Facts, impl: str | None = None, *, record: bool = True) -> Impl:
@@ -155,7 +173,7 @@ def _warn_unverified(op: str, name: str, reason: str) -> None:
 def _record(op: str, chosen: Impl, facts: Facts, asked: str | None) -> None:
     if _state.walks is None:
         return
-    walk = Walk(op, chosen.name)
+    walk = Walk(op, chosen.name, facts)
     for candidate in _OPS[op]:
         if candidate is not chosen:
             after = "not asked for" if asked is not None else f"comes after {chosen.name}"
@@ -259,6 +277,6 @@ def check_environment() -> None:
 
 
 _CPU = verified.architecture("cpu")
-_PASSED_HERE = verified.load()
+_FOUND: dict[str, frozenset[str]] = verified.load()
 _ENVIRONMENT.update(_read_environment(os.environ.get("FASTVDIFF_IMPL", "")))
 _state.forced = dict(_ENVIRONMENT)

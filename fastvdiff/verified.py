@@ -1,6 +1,7 @@
 """Where kernels are known to be right: what `fastvdiff verify` found on this machine, remembered between processes.
 
-The record holds only for the same version and the same compiled kernels; anything else counts as nothing found.
+The record holds only for the same version, the same compiled kernels and the same torch, with which its races were run;
+anything else counts as nothing found.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,35 +62,53 @@ def kernel_hash() -> str:
     return digest.hexdigest()
 
 
-def load() -> frozenset[tuple[str, str]]:
-    """(device type, "op.impl") pairs that passed here; empty when the record is missing, unreadable or stale."""
+def won(name: str, which: str) -> str:
+    """What the record calls a race that the implementation `name`, an "op.impl", has won in the class `which`."""
+    return f"{name} won {which}"
+
+
+def load() -> dict[str, frozenset[str]]:
+    """Device type -> each "op.impl" that passed there and the races that it `won`.
+
+    Empty when the record is missing, unreadable or stale.
+    """
     try:
         record = json.loads(path().read_text())
         devices = record["devices"].items()
-        if (record["version"], record["kernels"]) != (__version__, kernel_hash()):
-            return frozenset()
-        return frozenset(
-            (device, name)
+        if not _holds(record):
+            return {}
+        return {
+            device: frozenset((*entry["passed"], *entry["won"]))
             for device, entry in devices
             if (device != "cuda" or torch.cuda.is_available()) and entry["name"] == device_name(device)
-            for name in entry["passed"]
-        )
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return frozenset()
+        return {}
 
 
-def save(device: str, passed: list[str]) -> Path:
-    """Record that these "op.impl" names passed on `device`, beside other devices' outcomes; returns the file."""
+def save(device: str, passed: Iterable[str], races: Iterable[str]) -> Path:
+    """Record what passed on `device`, by "op.impl", and the `races` that were `won` there; returns the file.
+
+    Other devices' outcomes stay.
+    """
     file = path()
-    entry = {"name": device_name(device), "passed": sorted(passed)}
+    entry = {"name": device_name(device), "passed": sorted(passed), "won": sorted(races)}
     try:
         record = json.loads(file.read_text())
-        same = (record["version"], record["kernels"]) == (__version__, kernel_hash())
-        devices = record["devices"] if same else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        devices = record["devices"] if _holds(record) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         devices = {}
-    replace(file, {"version": __version__, "kernels": kernel_hash(), "devices": {**devices, device: entry}})
+    replace(file, {**_holding(), "devices": {**devices, device: entry}})
     return file
+
+
+def _holding() -> dict[str, str]:
+    """What a record that holds now says of itself."""
+    return {"version": __version__, "kernels": kernel_hash(), "torch": torch.__version__}
+
+
+def _holds(record: dict[str, Any]) -> bool:
+    return all(record.get(name) == value for name, value in _holding().items())
 
 
 def replace(file: Path, record: dict[str, Any]) -> None:

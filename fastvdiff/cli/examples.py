@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fastvdiff.reference.conv3d import moments
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -90,10 +92,37 @@ def _conv3d(draw: Draw, big: bool) -> Arguments:
     return (x, draw(c, c, 1, 3, 3, std=(9 * c) ** -0.5), draw(c)), {"padding": "same", "channel_bias": draw(b, c)}
 
 
+def _conv3d_causal(draw: Draw, big: bool) -> Arguments:
+    """Earlier frames in front, repeated edges beside, every sum, and the statistics of the result."""
+    b, c, t, s = (1, 64, 8, 16) if big else (2, 24, 3, 5)
+    x = draw(b, c, t, s, s, channels_last=True)
+    named = {
+        "padding": (2, 0, 1, 1, 1, 1), "padding_mode": ("zeros", "replicate", "replicate"), "stats_groups": 4,
+        "prefix": draw(b, c, 2, s, s), "channel_bias": draw(b, c, t), "residual": draw(b, c, t, s, s),
+    }  # fmt: skip
+    return (x, draw(c, c, 3, 3, 3, std=(27 * c) ** -0.5), draw(c)), named
+
+
+def _conv3d_down(draw: Draw, big: bool) -> Arguments:
+    """Contiguous, 3 channels, each step of its own."""
+    b, k, t, s = (1, 64, 16, 64) if big else (2, 20, 5, 9)
+    return (draw(b, 3, t, s, s), draw(k, 3, 3, 3, 3, std=81**-0.5), draw(k)), {
+        "padding": (1, 1, 0, 1, 2, 1), "stride": (1, 2, 2), "dilation": (2, 1, 1),
+    }  # fmt: skip
+
+
 def _norm_silu_conv3d(draw: Draw, big: bool) -> Arguments:
     (x, weight, bias), named = _conv3d(draw, big)
     c = x.shape[1]
     return (x, 8, draw(c), draw(c), weight, bias), named
+
+
+def _norm_silu_conv3d_given(draw: Draw, big: bool) -> Arguments:
+    """The second half of a residual block: statistics come from the first, the modulation from the time."""
+    (x, groups, *rest), named = _norm_silu_conv3d(draw, big)
+    b, c = x.shape[:2]
+    more = {"scale": draw(b, c), "shift": draw(b, c), "residual": draw(*x.shape, channels_last=True)}
+    return (x, groups, *rest), {**named, **more, "stats": moments(x.detach().float(), groups)}
 
 
 def _group_norm_silu_contiguous(draw: Draw, big: bool) -> Arguments:
@@ -128,7 +157,10 @@ EXAMPLES = (
     Example("temporal_attention", "over 128 frames", _temporal_attention_long),
     Example("temporal_attention_block", "norm, projections, attention, residual", _temporal_attention_block),
     Example("conv3d", "1x3x3 with a bias per sample", _conv3d),
+    Example("conv3d", "3x3x3, causal, with sums and statistics", _conv3d_causal),
+    Example("conv3d", "3x3x3 on 3 channels, strides and dilation", _conv3d_down),
     Example("norm_silu_conv3d", "GroupNorm + SiLU + 1x3x3", _norm_silu_conv3d),
+    Example("norm_silu_conv3d", "the same, modulated, statistics given", _norm_silu_conv3d_given),
     Example("ddim_step", "DDIM step, guidance and clip", _ddim_step),
     Example("ddim_step", "DDIM step, noise drawn inside", _ddim_step_noisy),
     Example("ddim_step", "DDIM step, threshold and rescale", _ddim_step_threshold, training=False),

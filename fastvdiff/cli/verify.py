@@ -1,4 +1,4 @@
-"""`fastvdiff verify`: every kernel's accuracy and a short race on the user's own device, remembered for dispatch."""
+"""`fastvdiff verify`: every kernel's accuracy and short races on the user's own device, remembered for dispatch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from fastvdiff import accuracy, dispatch, ops, verified
 from fastvdiff.race import race
 
+from . import races
 from .examples import EXAMPLES, Draw, Example
 from .tables import table_console
 
@@ -57,13 +59,26 @@ def verify() -> None:
     console.print(table)
     failed = {f"{o.example.op}.{o.impl}" for o in outcomes if o.failures}
     passed = {f"{o.example.op}.{o.impl}" for o in outcomes} - failed
-    file = verified.save(_device(), sorted(passed))
     dtype = str(_RACED[_device()])[6:]
     console.print(f"{dtype} times, medians of interleaved runs; eager is the same call with impl='reference'.")
+    file = verified.save(_device(), passed, _races(console, passed))
     console.print(f"What passed is kept in {file}")
     if failed:
         console.print(f"[red]failed: {', '.join(sorted(failed))}[/red]: not used by themselves on this machine")
         raise typer.Exit(1)
+
+
+def _races(console: Console, passed: set[str]) -> list[str]:
+    """The races won by the kernels that are chosen by nothing else, each run beside what has passed or won before."""
+    outcomes: list[races.Outcome] = []
+    for op, impls in races.raced(passed).items():
+        verified.save(_device(), passed, races.won(outcomes))
+        dispatch.recall()
+        with console.status(f"racing {op} against what would run without its kernel"):
+            outcomes += [races.run(c, impl, _device()) for impl in impls for c in races.contests(op)]
+    if outcomes:
+        console.print(races.table(outcomes))
+    return races.won(outcomes)
 
 
 def _device() -> str:
@@ -128,7 +143,7 @@ def _inaccurate(example: Example, impl: str, dtype: torch.dtype) -> Iterator[str
 
 def _upcast(value: Any) -> Any:
     drawn = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.detach().double().requires_grad_(True) if drawn else value
+    return value.detach().double().requires_grad_(value.requires_grad) if drawn else value
 
 
 def _leaves(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -143,7 +158,7 @@ def _values(example: Example, args: Any, kwargs: dict[str, Any], impl: str) -> d
     named = {f"output {i}": y for i, y in enumerate(outputs)}
     if not example.training:
         return named
-    leaves = _leaves(args, kwargs)
+    leaves, outputs = _leaves(args, kwargs), [y for y in outputs if y.requires_grad]  # statistics have no gradient
     cotangents = [torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape).to(torch.bfloat16) for y in outputs]
     grads = torch.autograd.grad(outputs, leaves, [c.to(y.dtype) for c, y in zip(cotangents, outputs, strict=True)])
     return named | {f"gradient {i}": g for i, g in enumerate(grads)}

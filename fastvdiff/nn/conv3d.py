@@ -7,6 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastvdiff import checks, ops
+from fastvdiff.ops.conv3d import leaves_statistics as _leaves_statistics
+from fastvdiff.ops.norm_silu_conv3d import normalises_as_it_reads as _normalises_as_it_reads
+
+from .group_norm_silu import GroupNormSiLU
+from .hooks import untouched
 
 KINDS = ("spatial", "factorized", "full")
 
@@ -68,11 +73,13 @@ class Conv3d(nn.Conv3d):
         self.padding_mode = padding_mode if isinstance(padding_mode, str) else modes
 
     def forward(
-        self, x: torch.Tensor, channel_bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, channel_bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+        stats_groups: int = 0,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Convolve x (B, C_in, T, H, W), then add channel_bias (B, C_out) or (B, C_out, T_out), and residual.
 
-        Returns (B, C_out, T_out, H_out, W_out), channels_last_3d where x or the weight is.
+        Returns (B, C_out, T_out, H_out, W_out), channels_last_3d where x or the weight is; with `stats_groups` = G, a
+        pair: that and its statistics for the next norm (B, G, 2) (see `ops.conv3d`).
         """
         padding, mode = self.padding, self.padding_mode
         if mode in _COPY_MODES:
@@ -80,7 +87,7 @@ class Conv3d(nn.Conv3d):
             padding, mode = 0, "zeros"
         return ops.conv3d(
             x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups,
-            padding_mode=mode, channel_bias=channel_bias, residual=residual,
+            padding_mode=mode, channel_bias=channel_bias, residual=residual, stats_groups=stats_groups,
         )  # fmt: skip
 
     def _sides(self) -> tuple[int, ...]:
@@ -115,10 +122,52 @@ class FactorizedConv3d(nn.Module):
             self.temporal.weight[:, :, half, 0, 0].fill_diagonal_(1)
 
     def forward(
-        self, x: torch.Tensor, channel_bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Convolve x (B, C_in, T, H, W); channel_bias (B, C_out) or (B, C_out, T), residual like the output."""
-        return self.temporal(self.spatial(x), channel_bias=channel_bias, residual=residual)
+        self, x: torch.Tensor, channel_bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+        stats_groups: int = 0,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Convolve x (B, C_in, T, H, W); channel_bias (B, C_out) or (B, C_out, T), residual like the output.
+
+        Returns as `Conv3d` does.
+        """
+        return self.temporal(self.spatial(x), channel_bias=channel_bias, residual=residual, stats_groups=stats_groups)
+
+
+def leaves_statistics(conv: nn.Module, x: torch.Tensor, sums: bool) -> bool:
+    """Whether `conv`, of x, is a `video_conv` whose kernel leaves statistics of its result at no cost.
+
+    `sums`: with a channel bias.
+    """
+    if type(conv) not in _KNOWN:
+        return False
+    return _leaves_statistics(x, (conv.temporal if isinstance(conv, FactorizedConv3d) else conv).weight, sums)
+
+
+def normalises_as_it_reads(norm: nn.Module, conv: nn.Module, x: torch.Tensor) -> bool:
+    """Whether one kernel runs `norm` and `conv`, a `video_conv`, of an x with statistics, and nobody watches either."""
+    if type(conv) not in _KNOWN or not all(map(untouched, (norm, *conv.modules()))):
+        return False
+    return _normalises_as_it_reads(x, _reader(conv).weight, sums=isinstance(conv, Conv3d))
+
+
+def normalised(
+    norm: GroupNormSiLU, conv: Conv3d | FactorizedConv3d, x: torch.Tensor, stats: torch.Tensor,
+    scale: torch.Tensor | None, shift: torch.Tensor | None, residual: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """conv(norm(x, scale, shift, stats), residual=residual), where `normalises_as_it_reads`."""
+    reader = _reader(conv)
+    ends = reader is conv
+    y = ops.norm_silu_conv3d(
+        x, norm.num_groups, norm.weight, norm.bias, reader.weight, reader.bias, eps=norm.eps, stats=stats, scale=scale,
+        shift=shift, silu=norm.silu, padding=reader.padding, residual=residual if ends else None,
+    )  # fmt: skip
+    return y if ends else conv.temporal(y, residual=residual)
+
+
+def _reader(conv: Conv3d | FactorizedConv3d) -> Conv3d:
+    return conv.spatial if isinstance(conv, FactorizedConv3d) else conv
+
+
+_KNOWN = (Conv3d, FactorizedConv3d)
 
 
 def video_conv(kind: str, in_channels: int, out_channels: int, zero_init: bool = False) -> Conv3d | FactorizedConv3d:
@@ -135,7 +184,6 @@ def video_conv(kind: str, in_channels: int, out_channels: int, zero_init: bool =
     else:
         checks.fail("video_conv", "kind", f"one of {', '.join(map(repr, KINDS))}", checks.describe(kind))
     if zero_init:
-        first = conv.spatial if isinstance(conv, FactorizedConv3d) else conv
-        nn.init.zeros_(first.weight)
-        nn.init.zeros_(first.bias)
+        nn.init.zeros_(_reader(conv).weight)
+        nn.init.zeros_(_reader(conv).bias)
     return conv

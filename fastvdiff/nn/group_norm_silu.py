@@ -45,11 +45,15 @@ class GroupNormSiLU(nn.GroupNorm):
         self.silu = silu
 
     def forward(
-        self, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Normalise x (B, C, *spatial); scale and shift are (B, C), or (B, C, T) for a 5-D x."""
+        self, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
+        stats: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Normalise x (B, C, *spatial); scale and shift are (B, C), or (B, C, T) for a 5-D x.
+
+        `stats` (B, G, 2): x's statistics, as the convolution that made x leaves them (see `ops.conv3d`).
+        """
         return ops.group_norm_silu(
-            x, self.num_groups, self.weight, self.bias, self.eps, scale=scale, shift=shift, silu=self.silu
+            x, self.num_groups, self.weight, self.bias, self.eps, scale=scale, shift=shift, silu=self.silu, stats=stats
         )
 
     def extra_repr(self) -> str:

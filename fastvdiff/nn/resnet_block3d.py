@@ -8,7 +8,7 @@ from torch import nn
 
 from fastvdiff import checks
 
-from .conv3d import Conv3d, video_conv
+from .conv3d import Conv3d, leaves_statistics, normalised, normalises_as_it_reads, video_conv
 from .group_norm_silu import GroupNormSiLU
 
 TIME_CONDITIONING = ("default", "scale_shift")
@@ -24,7 +24,8 @@ class ResnetBlock3d(nn.Module):
         scale, shift = t.chunk(2, dim=1)                 # "scale_shift": h = silu(norm2(h) * (1 + scale) + shift)
         conv_shortcut(x) + conv2(dropout(h))
 
-    where norm, modulation and SiLU are one op, and the time and the residual are added inside the convolutions. Groups
+    where norm, modulation and SiLU are one op, and the time and the residual are added inside the convolutions. Where
+    kernels run the convolutions, the first leaves the second norm's statistics and the second applies that norm. Groups
     are normalised over a whole clip, frames included. Arguments and keys as in diffusers' `ResnetBlock2D`.
 
     Args:
@@ -78,6 +79,17 @@ class ResnetBlock3d(nn.Module):
             checks.fail("ResnetBlock3d", "temb", expected, checks.describe(temb))
         time = None if temb is None else self.time_emb_proj(F.silu(temb))
         scale, shift = time.chunk(2, dim=1) if time is not None and self.modulates else (None, None)
-        h = self.conv1(self.norm1(x), channel_bias=None if self.modulates else time)
-        h = self.dropout(self.norm2(h, scale, shift))
-        return self.conv2(h, residual=x if self.conv_shortcut is None else self.conv_shortcut(x))
+        added = None if self.modulates else time
+        stats = None
+        if leaves_statistics(self.conv1, x, sums=added is not None):
+            h, stats = self.conv1(self.norm1(x), channel_bias=added, stats_groups=self.norm2.num_groups)
+        else:
+            h = self.conv1(self.norm1(x), channel_bias=added)
+        dropping = self.training and self.dropout.p > 0
+        if stats is not None and not dropping and normalises_as_it_reads(self.norm2, self.conv2, h):
+            return normalised(self.norm2, self.conv2, h, stats, scale, shift, self._shortcut(x))
+        h = self.dropout(self.norm2(h, scale, shift, stats))
+        return self.conv2(h, residual=self._shortcut(x))
+
+    def _shortcut(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.conv_shortcut is None else self.conv_shortcut(x)

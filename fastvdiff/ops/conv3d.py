@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from fastvdiff import checks, dispatch
+from fastvdiff.reference.conv3d import are_channels_last, output_sizes, paddings, triple
 from fastvdiff.reference.conv3d import conv3d as _reference
 from fastvdiff.reference.conv3d import is_channels_last as _has_channels_last
-from fastvdiff.reference.conv3d import output_sizes, paddings, triple
 
 from . import registration
 
 _OP = "conv3d"
+RACED_KERNELS = ("1x1x1", "1x3x3", "3x1x1", "3x3x3")
 
 
 def conv3d(
@@ -79,8 +80,11 @@ def conv3d(
     out_sizes = check(_OP, x, weight, bias, stride, padding, dilation, groups, padding_mode, prefix, channel_bias,
                       residual, stats_groups)  # fmt: skip
     x = x.to(registration.autocast_dtype(x))
-    facts = dispatch.facts_of(x, dispatch.needs_grad(x, weight, bias, prefix, channel_bias, residual),
-                              **cuda_options(x, groups, out_sizes))  # fmt: skip
+    facts = dispatch.facts_of(
+        x, dispatch.needs_grad(x, weight, bias, prefix, channel_bias, residual),
+        **cuda_options(x.shape[0], weight, stride, dilation, groups, out_sizes,
+                       channel_bias is not None or residual is not None),
+    )  # fmt: skip
     chosen = dispatch.choose(_OP, facts, impl)
     with registration.without_autocast(x):
         return chosen.call(x, weight, bias, stride, padding, dilation, groups, padding_mode, prefix, channel_bias,
@@ -174,9 +178,48 @@ def _check_padding(op: str, padding: object, stride: object, padding_mode: objec
     return modes
 
 
-def cuda_options(x: torch.Tensor, groups: int, out_sizes: tuple[int, int, int]) -> dict[str, Any]:
-    """What `on_cuda` looks at beside the facts of every call."""
-    return {"groups": groups, "positions": x.shape[0] * math.prod(out_sizes)}
+def cuda_options(
+    batch: int, weight: torch.Tensor, stride: Any, dilation: Any, groups: int, out_sizes: tuple[int, int, int],
+    sums: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """What `on_cuda` and `race_class` look at beside the facts of every call; `sums`: it adds more than a bias."""
+    return {
+        "groups": groups, "positions": batch * math.prod(out_sizes), "weight": weight.shape,
+        "weight_strides": weight.stride(), "steps": (stride, dilation), "sums": sums,
+    }  # fmt: skip
+
+
+def leaves_statistics(x: torch.Tensor, weight: torch.Tensor, sums: bool) -> bool:
+    """Whether a kernel would run a convolution that keeps T, H and W: it leaves statistics of its result for nothing.
+
+    x (B, C, T, H, W) is laid out like the input, whose channels are the weight's. `sums`: it has a channel bias or a
+    residual.
+    """
+    return dispatch.choose(_OP, size_keeping(x, weight, sums), record=False).name != "reference"
+
+
+def size_keeping(x: torch.Tensor, weight: torch.Tensor, sums: bool, **options: Any) -> dispatch.Facts:
+    """Facts of a convolution that keeps T, H and W of an x of the weight's channels."""
+    shape = (x.shape[0], weight.shape[1], *x.shape[2:])
+    options |= cuda_options(shape[0], weight, 1, 1, 1, shape[2:], sums)
+    recorded = dispatch.needs_grad(x, weight)
+    return dispatch.Facts(x.device.type, registration.autocast_dtype(x), shape, x.stride(), recorded, options)
+
+
+def race_class(facts: dispatch.Facts) -> str:
+    """The convolutions with which a call wins or loses against cuDNN; those of "others" are never raced."""
+    weight, strides, sums = (facts.options[name] for name in ("weight", "weight_strides", "sums"))
+    kernel, channels = "x".join(map(str, weight[2:])), min(facts.shape[1], weight[0])
+    plain = all(triple(step) == (1, 1, 1) for step in facts.options["steps"])
+    if not plain or channels < 32 or kernel not in RACED_KERNELS:
+        return "others"
+    channels_last = are_channels_last(facts.shape, facts.strides) or are_channels_last(weight, strides)
+    return ", ".join((
+        kernel, "192 channels and more" if channels >= 192 else "32 to 191 channels",
+        "channels_last" if channels_last else "contiguous",
+        "float32 as tf32" if facts.dtype == torch.float32 else "16 bits",
+        "with sums" if sums else "no sums", "training" if facts.needs_grad else "forward",
+    ))  # fmt: skip
 
 
 def on_cuda(facts: dispatch.Facts) -> str | None:
@@ -199,8 +242,8 @@ def on_cuda(facts: dispatch.Facts) -> str | None:
     return None
 
 
-def untimed(facts: dispatch.Facts) -> str | None:
-    """What is left to cuDNN: everything, until its classes of calls have been timed against it."""
+def _untimed(facts: dispatch.Facts) -> str | None:
+    """The kernel of tensor copies has not run on a GPU: it is there for who names it."""
     return None if facts.device == "cpu" else "not timed against cuDNN yet: it runs where it is named"
 
 
@@ -361,7 +404,7 @@ registration.differentiable(
 )
 dispatch.register(
     _OP,
-    dispatch.Impl("cuda", on_cuda, partial(_call_kernel, "cuda"), frozenset(), slower=untimed, tf32=True),
-    dispatch.Impl("cuda_sm90", _on_hopper, partial(_call_kernel, "cuda_sm90"), frozenset(), slower=untimed),
+    dispatch.Impl("cuda", on_cuda, partial(_call_kernel, "cuda"), frozenset(), tf32=True, raced=race_class),
+    dispatch.Impl("cuda_sm90", _on_hopper, partial(_call_kernel, "cuda_sm90"), frozenset(), slower=_untimed),
     dispatch.Impl("reference", lambda facts: None, _reference),
 )

@@ -20,9 +20,10 @@ from .conv3d import (
     geometry_of,
     is_channels_last,
     on_cuda,
+    race_class,
     result_like,
     shape_of,
-    untimed,
+    size_keeping,
 )
 from .conv3d import check as check_convolution
 from .group_norm_silu import group_norm_silu
@@ -95,7 +96,11 @@ def norm_silu_conv3d(
     _check_norm(x, num_groups, norm_weight, norm_bias, stats, scale, shift)
     x = x.to(registration.autocast_dtype(x))
     differentiable = (x, norm_weight, norm_bias, weight, bias, scale, shift, prefix, channel_bias, residual)
-    facts = dispatch.facts_of(x, dispatch.needs_grad(*differentiable), **cuda_options(x, groups, out_sizes))
+    facts = dispatch.facts_of(
+        x, dispatch.needs_grad(*differentiable), given=stats is not None,
+        **cuda_options(x.shape[0], weight, stride, dilation, groups, out_sizes,
+                       channel_bias is not None or residual is not None),
+    )  # fmt: skip
     chosen = dispatch.choose(_OP, facts, impl)
     norm = (num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats)
     convolution = {
@@ -107,6 +112,19 @@ def norm_silu_conv3d(
             return checkpoint(chosen.call, x, weight, bias, norm, convolution, use_reentrant=False,
                               preserve_rng_state=False)  # fmt: skip
         return chosen.call(x, weight, bias, norm, convolution)
+
+
+def _race_class(facts: dispatch.Facts) -> str:
+    """Given statistics, those of the convolution; without, two kernels run as they would for the two ops."""
+    return race_class(facts) if facts.options["given"] else "others"
+
+
+def normalises_as_it_reads(x: torch.Tensor, weight: torch.Tensor, sums: bool) -> bool:
+    """Whether, given x's statistics, one kernel would run a convolution that keeps T, H and W, its norm included.
+
+    `sums`: the convolution has a channel bias or a residual.
+    """
+    return dispatch.choose(_OP, size_keeping(x, weight, sums, given=True), record=False).name == "cuda"
 
 
 def _check_norm(
@@ -266,6 +284,6 @@ registration.differentiable(
 dispatch.register(
     _OP,
     dispatch.Impl("cpu", registration.on_cpu, _call_cpu, frozenset({"x86_64"})),
-    dispatch.Impl("cuda", on_cuda, _call_kernel, frozenset(), slower=untimed, tf32=True),
+    dispatch.Impl("cuda", on_cuda, _call_kernel, frozenset(), tf32=True, raced=_race_class),
     dispatch.Impl("reference", lambda facts: None, _call_reference),
 )

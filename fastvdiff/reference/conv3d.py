@@ -130,11 +130,16 @@ def output_sizes(
 
 def is_channels_last(x: torch.Tensor) -> bool:
     """Whether the strides of a 5-D x, dense or sliced, are those of channels_last_3d and not also contiguous ones."""
-    channels, frames, height, width = x.shape[1:]
+    return are_channels_last(x.shape, x.stride())
+
+
+def are_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """`is_channels_last` of a tensor of these sizes and strides."""
+    _, channels, frames, height, width = shape
     if channels == 1 or frames * height * width == 1:
         return False
-    outwards = [x.stride(d) for d in (1, 4, 3, 2, 0) if x.shape[d] > 1]
-    return x.stride(1) == 1 and all(a <= b for a, b in pairwise(outwards))
+    outwards = [strides[d] for d in (1, 4, 3, 2, 0) if shape[d] > 1]
+    return strides[1] == 1 and all(a <= b for a, b in pairwise(outwards))
 
 
 def _in_format(x: torch.Tensor, channels_last: bool) -> torch.Tensor:

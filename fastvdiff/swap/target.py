@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastvdiff import dispatch
+from fastvdiff.nn.hooks import untouched
 from fastvdiff.ops.registration import autocast_dtype
 
 
@@ -81,17 +82,6 @@ def takes(module: nn.Module, *names: str, method: str = "forward") -> bool:
 def eager_class(cls: type) -> type:
     """The class below a swapped one, else `cls` itself."""
     return cls.__base__ if MARK in cls.__dict__ else cls
-
-
-def untouched(module: nn.Module) -> bool:
-    """Whether calling `module` is nothing but its class's `forward`: no hook, no forward put on the instance."""
-    return not (
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def unwatched(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""torch's own Conv3d, in any module: where torch takes a slow path for it on a CPU, through another view."""
+"""torch's own Conv3d, in any module: by a kernel, or through another view where torch's own is slow on a CPU."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from fastvdiff import ops
+from fastvdiff.ops.conv3d import cuda_options
 from fastvdiff.ops.registration import autocast_dtype
-from fastvdiff.reference.conv3d import beats_torch
-from fastvdiff.swap.target import UNRELATED, Target, register
+from fastvdiff.reference.conv3d import beats_torch, output_sizes, paddings
+from fastvdiff.swap.target import UNRELATED, Target, kernel_runs, register
 
 _MODES = ("zeros", "replicate")
 
@@ -27,12 +28,25 @@ def _check(conv: nn.Module) -> str | None:
     return None
 
 
+def _kernel_wins(conv: nn.Conv3d, x: torch.Tensor) -> bool:
+    """Whether a kernel of ours would run it."""
+    sides = paddings(conv.padding, conv.kernel_size, conv.dilation)
+    out = output_sizes(x.shape[2:], conv.kernel_size, conv.stride, sides, conv.dilation)
+    options = cuda_options(x.shape[0], conv.weight, conv.stride, conv.dilation, conv.groups, out, sums=False)
+    return kernel_runs("conv3d", x, conv.weight, conv.bias, **options)
+
+
+def _view_wins(conv: nn.Conv3d, x: torch.Tensor) -> bool:
+    """Whether torch would be slow, which it is not where a compiler chooses its own view."""
+    return not torch.compiler.is_compiling() and beats_torch(x, autocast_dtype(x), conv.weight, conv.groups)
+
+
 def _forward(conv: nn.Module, eager: Any, input: torch.Tensor) -> torch.Tensor:
-    known = input.dim() == 5 and not torch.compiler.is_compiling()  # a compiler chooses its own view
-    if not known or not beats_torch(input, autocast_dtype(input), conv.weight, conv.groups):
+    if input.dim() != 5 or not (_kernel_wins(conv, input) or _view_wins(conv, input)):
         return eager(conv, input)
     return ops.conv3d(input, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
                       padding_mode=conv.padding_mode)  # fmt: skip
 
 
-register(Target(("Conv3d",), "through another view where torch's is slow (CPU)", _check, _forward))
+_WHAT = "by a kernel that has won its race (GPU), or through another view where torch's is slow (CPU)"
+register(Target(("Conv3d",), _WHAT, _check, _forward))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastvdiff.swap.chains import convolved, normalised
 from fastvdiff.swap.frames import as_frames, as_video, convolve, dense, onto, over_space
 from fastvdiff.swap.target import (
     UNRELATED,
@@ -77,21 +78,26 @@ def _forward(
         h, x = block.h_upd(h), block.x_upd(x)
     modulation = _embedded(block, emb, h.shape[2] if video else 0)
     added = None if block.use_scale_shift_norm or modulation is None else modulation.type(h.dtype)
-    if video and not dropping(block):
-        h = convolve(first[2], h, added)
-    else:
+    scale, shift = modulation.chunk(2, dim=1) if block.use_scale_shift_norm else (None, None)
+    stats = None
+    if dropping(block):
         # The convolution itself, whose result's memory format decides where Dropout puts its random numbers.
         h = first[2](h)
         h = h if added is None else onto(h, over_space(added, h), plain(first[2], nn.Conv2d))
-    scale, shift = modulation.chunk(2, dim=1) if block.use_scale_shift_norm else (None, None)
-    h = last[2](norm_silu(h, last[0], scale=scale, shift=shift))
-    # A video's sum is in the input's layout, which is the way back to frames.
+    else:
+        h, stats = convolved(first[2], h, last[0], added)
     shortcut = block.skip_connection(x)
-    h = shortcut + convolve(last[3], h) if video else onto(last[3](h), shortcut, plain(last[3], nn.Conv2d))
+    fused = None if dropping(block) else normalised(last[0], last[3], h, stats, scale, shift, shortcut)
+    if fused is not None:
+        y = fused[0]
+    else:
+        h = last[2](norm_silu(h, last[0], scale=scale, shift=shift, stats=stats))
+        # A video's sum is in the input's layout, which is the way back to frames.
+        y = shortcut + convolve(last[3], h) if video else onto(last[3](h), shortcut, plain(last[3], nn.Conv2d))
     batch = kwargs.get("batch_size", args[0] if args else None)
     if getattr(block, "use_temporal_conv", False) and batch:
-        h = as_frames(block.temopral_conv(as_video(h, h.shape[0] // batch)))
-    return h
+        y = as_frames(block.temopral_conv(as_video(y, y.shape[0] // batch)))
+    return y
 
 
 register(

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastvdiff.swap.chains import convolved, normalised
 from fastvdiff.swap.frames import onto
-from fastvdiff.swap.target import Target, plain, register, silu
+from fastvdiff.swap.target import Target, dropping, plain, register, silu
 
 from .sequences import fuses, norm_silu
 
@@ -46,19 +47,23 @@ def _forward(
             # As eager does: nearest upsampling in channels_last fails on large batches (diffusers issue 984).
             x, h = x.contiguous(), h.contiguous()
         x, h = resample(x), resample(h)
-    h = block.conv1(h)
-    scale = shift = None
+    added = scale = shift = None
     if projected:
         temb = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
         if block.time_embedding_norm == "scale_shift":
             scale, shift = temb.chunk(2, dim=1)
         else:
-            h = onto(h, temb[:, :, None, None], plain(block.conv1, nn.Conv2d))
-    h = block.conv2(block.dropout(norm_silu(h, block.norm2, scale=scale, shift=shift)))
+            added = temb
+    h, stats = convolved(block.conv1, h, block.norm2, added)
     if block.conv_shortcut is not None:
         # As eager does: DistributedDataParallel wants the gradient of a contiguous weight to be contiguous.
         x = block.conv_shortcut(x.contiguous() if block.training else x)
-    y = onto(h, x, plain(block.conv2, nn.Conv2d))
+    fused = None if dropping(block) else normalised(block.norm2, block.conv2, h, stats, scale, shift, x)
+    if fused is not None:
+        y = fused[0]
+    else:
+        h = block.conv2(block.dropout(norm_silu(h, block.norm2, scale=scale, shift=shift, stats=stats)))
+        y = onto(h, x, plain(block.conv2, nn.Conv2d))
     return y if block.output_scale_factor == 1 else y / block.output_scale_factor
 
 

@@ -16,11 +16,14 @@ from fastvdiff.swap.target import silu as is_silu
 
 def norm_silu(
     x: torch.Tensor, norm: nn.GroupNorm, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
-    silu: bool = True,
+    silu: bool = True, stats: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """SiLU(norm(x) * (1 + scale) + shift), `norm` being what `group_norm` knows; scale, shift (B or 1, C)."""
+    """SiLU(norm(x) * (1 + scale) + shift), `norm` being what `group_norm` knows; scale, shift (B or 1, C).
+
+    `stats`: those of x, where a convolution has left them.
+    """
     return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, scale=for_batch(scale, x),
-                               shift=for_batch(shift, x), silu=silu)  # fmt: skip
+                               shift=for_batch(shift, x), silu=silu, stats=stats)  # fmt: skip
 
 
 def fuses(x: torch.Tensor, norm: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastvdiff.swap.chains import convolved, normalised
 from fastvdiff.swap.frames import as_video, convolve, dense
 from fastvdiff.swap.target import UNRELATED, Target, dropping, plain, register, silu, takes, untouched
 
@@ -49,11 +50,17 @@ def _latent(layer: nn.Module, eager: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _through(stacks: list[nn.Sequential], h: torch.Tensor) -> torch.Tensor:
     """A video h through stacks of GroupNorm, SiLU, Dropout or none, Conv3d."""
-    for stack in stacks:
-        h = norm_silu(h, stack[0])
+    stats = None
+    for stack, after in zip(stacks, (*stacks[1:], None), strict=True):
+        norm, conv, then = stack[0], stack[-1], None if after is None else after[0]
+        fused = None if dropping(stack) else normalised(norm, conv, h, stats, then=then)
+        if fused is not None:
+            h, stats = fused
+            continue
+        h = norm_silu(h, norm, stats=stats)
         if len(stack) == 4:
             h = stack[2](h)
-        h = convolve(stack[-1], h)
+        h, stats = convolved(conv, h, then)
     return h
 
 
@@ -78,10 +85,12 @@ def _block(block: nn.Module, eager: Any, input_tensor: torch.Tensor, temb: torch
     if block.time_emb_proj is not None:
         bias = block.time_emb_proj(block.nonlinearity(temb)).transpose(1, 2)
     h = norm_silu(dense(input_tensor, as_eager=dropping(block)), block.norm1)
-    h = block.dropout(norm_silu(convolve(block.conv1, h, bias), block.norm2))
-    h = convolve(block.conv2, h)
+    h, stats = convolved(block.conv1, h, block.norm2, bias)
     shortcut = input_tensor if block.conv_shortcut is None else convolve(block.conv_shortcut, input_tensor)
-    return shortcut + h
+    fused = None if dropping(block) else normalised(block.norm2, block.conv2, h, stats)
+    if fused is None:
+        fused = convolved(block.conv2, block.dropout(norm_silu(h, block.norm2, stats=stats)), None)
+    return shortcut + fused[0]
 
 
 def _check_blender(blender: nn.Module) -> str | None:

@@ -1,0 +1,87 @@
+"""The residual block where conv3d's CUDA kernels run: the second norm is taken along by the two convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastvdiff import dispatch
+from fastvdiff.nn import ResnetBlock3d
+from tests.closeness import GRADIENT_RATIO, GRADIENT_SCALE, assert_close
+
+from .conv3d_library import shim
+
+KERNELS = dict.fromkeys(("conv3d", "group_norm_silu", "norm_silu_conv3d"), "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _on_shim(on_shim: object) -> Iterator[None]:
+    with shim():
+        yield
+
+
+def block(**options: Any) -> ResnetBlock3d:
+    torch.manual_seed(0)
+    module = ResnetBlock3d(8, 16, temb_channels=12, groups=4, **options)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return module.bfloat16()
+
+
+def inputs(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    x = torch.randn(2, 8, 3, 5, 4).bfloat16().to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    return x.requires_grad_(), torch.randn(2, 12).bfloat16().to(dtype)
+
+
+def ran(module: nn.Module, *args: torch.Tensor) -> list[str]:
+    with dispatch.use_impl(**KERNELS):
+        return [walk.op for walk in dispatch.trace(module, *args)]
+
+
+def values(module: nn.Module, x: torch.Tensor, temb: torch.Tensor) -> list[torch.Tensor]:
+    y = module(x, temb)
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).bfloat16().to(y.dtype)
+    return [y, *torch.autograd.grad(y, (x, *module.parameters()), cotangent)]
+
+
+@pytest.mark.parametrize("conv", ["spatial", "factorized", "full"])
+@pytest.mark.parametrize("norm", ["default", "scale_shift"])
+def test_the_norm_between_is_no_pass_of_its_own(conv: str, norm: str) -> None:
+    module = block(conv=conv, time_embedding_norm=norm)
+    assert ran(module, *inputs()).count("group_norm_silu") == 1
+    assert "norm_silu_conv3d" in ran(module, *inputs())
+    with dispatch.use_impl(**KERNELS):
+        found = values(module, *inputs())
+    with dispatch.use_impl("reference"):
+        eager = values(module, *inputs())
+        exact = values(block(conv=conv, time_embedding_norm=norm).double(), *inputs(torch.float64))
+    assert_close(found[0], exact[0], eager[0])
+    largest = max(float(g.norm()) for g in exact[1:])
+    for grad, baseline, oracle in zip(found[1:], eager[1:], exact[1:], strict=True):
+        assert_close(grad, oracle, baseline, ratio=GRADIENT_RATIO, least_scale=GRADIENT_SCALE * largest)
+
+
+def test_who_watches_sees_the_modules_called() -> None:
+    module, seen = block(), []
+    module.norm2.register_forward_hook(lambda m, args, y: seen.append(y.shape))
+    assert ran(module, *inputs()).count("group_norm_silu") == 2
+    assert seen == [(2, 16, 3, 5, 4)]
+
+
+def test_dropout_stands_between() -> None:
+    module = block(dropout=0.5)
+    assert ran(module, *inputs()).count("group_norm_silu") == 2
+    assert ran(module.eval(), *inputs()).count("group_norm_silu") == 1
+
+
+def test_a_convolution_in_another_s_place_is_called() -> None:
+    module = block()
+    module.conv2 = nn.Conv3d(16, 16, 1).bfloat16()
+    module.conv2.forward = lambda x, residual: nn.Conv3d.forward(module.conv2, x) + residual
+    assert ran(module, *inputs()).count("group_norm_silu") == 2
