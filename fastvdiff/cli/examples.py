@@ -31,6 +31,7 @@ class Draw:
 
     def __init__(self, dtype: torch.dtype, device: str, seed: int = 0) -> None:
         self.dtype, self.device = dtype, device
+        self.side = 4 if device == "cuda" else 1  # of a race's frames: what a GPU needs to show more than its launches
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, *shape: int, std: float = 1.0, channels_last: bool = False) -> torch.Tensor:
@@ -42,7 +43,7 @@ class Draw:
 
 
 def _group_norm_silu(draw: Draw, big: bool) -> Arguments:
-    b, c, t, s = (1, 64, 16, 32) if big else (2, 40, 3, 5)
+    b, c, t, s = (1, 64, 16, 32 * draw.side) if big else (2, 40, 3, 5)
     return (draw(b, c, t, s, s, channels_last=True), 8, draw(c), draw(c)), {}
 
 
@@ -53,7 +54,7 @@ def _group_norm_silu_modulated(draw: Draw, big: bool) -> Arguments:
 
 
 def _temporal_attention(draw: Draw, big: bool) -> Arguments:
-    b, t, s, heads, d = (1, 16, 1024, 4, 32) if big else (1, 7, 9, 2, 40)
+    b, t, s, heads, d = (1, 16, 1024 * draw.side**2, 4, 32) if big else (1, 7, 9, 2, 40)
     return tuple(draw(b, t, s, heads, d) for _ in range(3)), {}
 
 
@@ -65,7 +66,7 @@ def _temporal_attention_biased(draw: Draw, big: bool) -> Arguments:
 
 def _temporal_attention_channels_first(draw: Draw, big: bool) -> Arguments:
     """Views of a contiguous video, with every option."""
-    b, t, s, heads, d = (1, 25, 1024, 4, 64) if big else (2, 5, 33, 2, 24)
+    b, t, s, heads, d = (1, 25, 1024 * draw.side**2, 4, 64) if big else (2, 5, 33, 2, 24)
     qkv = [draw(b, heads, d, t, s).permute(0, 3, 4, 1, 2) for _ in range(3)]
     angles = torch.arange(t, device=draw.device)[:, None] * 0.5 ** torch.arange(d // 4, device=draw.device)
     mask = torch.ones(b, t, dtype=torch.bool, device=draw.device)
@@ -74,12 +75,12 @@ def _temporal_attention_channels_first(draw: Draw, big: bool) -> Arguments:
 
 
 def _temporal_attention_long(draw: Draw, big: bool) -> Arguments:
-    b, t, s, heads, d = (1, 128, 256, 4, 64) if big else (1, 100, 2, 2, 40)
+    b, t, s, heads, d = (1, 128, 256 * draw.side**2, 4, 64) if big else (1, 100, 2, 2, 40)
     return tuple(draw(b, t, s, heads, d) for _ in range(3)), {}
 
 
 def _temporal_attention_block(draw: Draw, big: bool) -> Arguments:
-    c, inner, heads, t, s = (64, 128, 4, 16, 32) if big else (24, 16, 2, 5, 3)
+    c, inner, heads, t, s = (64, 128, 4, 16, 32 * draw.side) if big else (24, 16, 2, 5, 3)
     x = draw(1, c, t, s, s, channels_last=True)
     q, k, v = (draw(inner, c, std=c**-0.5) for _ in range(3))
     named = {"out_bias": draw(c), "norm_weight": draw(c), "norm_bias": draw(c)}
@@ -87,14 +88,14 @@ def _temporal_attention_block(draw: Draw, big: bool) -> Arguments:
 
 
 def _conv3d(draw: Draw, big: bool) -> Arguments:
-    b, c, t, s = (1, 64, 16, 16) if big else (1, 8, 3, 5)
+    b, c, t, s = (1, 64, 16, 16 * draw.side) if big else (1, 8, 3, 5)
     x = draw(b, c, t, s, s, channels_last=True)
     return (x, draw(c, c, 1, 3, 3, std=(9 * c) ** -0.5), draw(c)), {"padding": "same", "channel_bias": draw(b, c)}
 
 
 def _conv3d_causal(draw: Draw, big: bool) -> Arguments:
     """Earlier frames in front, repeated edges beside, every sum, and the statistics of the result."""
-    b, c, t, s = (1, 64, 8, 16) if big else (2, 24, 3, 5)
+    b, c, t, s = (1, 64, 8, 16 * draw.side) if big else (2, 24, 3, 5)
     x = draw(b, c, t, s, s, channels_last=True)
     named = {
         "padding": (2, 0, 1, 1, 1, 1), "padding_mode": ("zeros", "replicate", "replicate"), "stats_groups": 4,
@@ -105,7 +106,7 @@ def _conv3d_causal(draw: Draw, big: bool) -> Arguments:
 
 def _conv3d_down(draw: Draw, big: bool) -> Arguments:
     """Contiguous, 3 channels, each step of its own."""
-    b, k, t, s = (1, 64, 16, 64) if big else (2, 20, 5, 9)
+    b, k, t, s = (1, 64, 16, 64 * draw.side) if big else (2, 20, 5, 9)
     return (draw(b, 3, t, s, s), draw(k, 3, 3, 3, 3, std=81**-0.5), draw(k)), {
         "padding": (1, 1, 0, 1, 2, 1), "stride": (1, 2, 2), "dilation": (2, 1, 1),
     }  # fmt: skip
@@ -131,7 +132,7 @@ def _group_norm_silu_contiguous(draw: Draw, big: bool) -> Arguments:
 
 
 def _ddim_step_noisy(draw: Draw, big: bool) -> Arguments:
-    shape = (2, 4, 16, 128, 128) if big else (2, 4, 3, 5, 7)
+    shape = (2, 4, 16, 128 * draw.side, 128 * draw.side) if big else (2, 4, 3, 5, 7)
     seed = torch.tensor([1234], device=draw.device)
     return (draw(*shape), draw(*shape), 0.5, 0.6), {"eta": 1.0, "noise_seed": seed, "prediction_type": "v_prediction"}
 
@@ -142,7 +143,7 @@ def _ddim_step_threshold(draw: Draw, big: bool) -> Arguments:
 
 
 def _ddim_step(draw: Draw, big: bool) -> Arguments:
-    shape = (2, 4, 16, 128, 128) if big else (2, 4, 3, 5, 7)
+    shape = (2, 4, 16, 128 * draw.side, 128 * draw.side) if big else (2, 4, 3, 5, 7)
     named = {"uncond_output": draw(*shape), "guidance_scale": 7.5, "clip_sample": 1.0}
     return (draw(*shape), draw(*shape), 0.5, 0.6), named
 

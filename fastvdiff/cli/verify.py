@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -58,14 +59,33 @@ def verify() -> None:
         )  # fmt: skip
     console.print(table)
     failed = {f"{o.example.op}.{o.impl}" for o in outcomes if o.failures}
-    passed = {f"{o.example.op}.{o.impl}" for o in outcomes} - failed
+    slow = _slow(outcomes) - failed
+    passed = {f"{o.example.op}.{o.impl}" for o in outcomes} - failed - slow
     dtype = str(_RACED[_device()])[6:]
     console.print(f"{dtype} times, medians of interleaved runs; eager is the same call with impl='reference'.")
     file = verified.save(_device(), passed, _races(console, passed))
     console.print(f"What passed is kept in {file}")
+    if slow:
+        console.print(
+            f"slower than eager, all in all: {', '.join(sorted(slow))}: not used by themselves on this machine"
+        )
     if failed:
         console.print(f"[red]failed: {', '.join(sorted(failed))}[/red]: not used by themselves on this machine")
         raise typer.Exit(1)
+
+
+def _slow(outcomes: list[Outcome]) -> set[str]:
+    """The implementations that lost their races, by the geometric mean over their examples.
+
+    Those with committed results of this architecture are judged by these, those that are raced class by class by that.
+    """
+    ratios: dict[str, list[float]] = {}
+    for o in outcomes:
+        (impl,) = (i for i in dispatch.ops()[o.example.op] if i.name == o.impl)
+        if impl.raced is None and verified.architecture(_device()) not in (impl.verified or ()):
+            pairs = zip(o.eager_ms, o.kernel_ms, strict=True)
+            ratios.setdefault(f"{o.example.op}.{o.impl}", []).extend(e / k for e, k in pairs if not math.isnan(k))
+    return {name for name, of_name in ratios.items() if statistics.geometric_mean(of_name) < 1}
 
 
 def _races(console: Console, passed: set[str]) -> list[str]:

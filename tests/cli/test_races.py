@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from fastvdiff import dispatch, ops, verified
 from fastvdiff.cli import races, verify
+from fastvdiff.cli.examples import EXAMPLES
 from fastvdiff.ops.conv3d import race_class
 from tests.simt.conv3d_library import shim
 from tests.simt.host import require_shim
@@ -129,3 +131,17 @@ def test_verify_records_what_was_won(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert set(device["passed"]) == KERNELS
     assert len(device["won"]) == 8
     assert "2.00x*" in console.file.getvalue()
+
+
+def test_what_loses_its_races_is_not_used_by_itself() -> None:
+    """Unless committed results of the architecture say that it is right to."""
+
+    def outcomes(op: str, impl: str, *milliseconds: float) -> list[verify.Outcome]:
+        example = next(e for e in EXAMPLES if e.op == op)
+        return [verify.Outcome(example, impl, [], (1.0, math.nan), (ms, math.nan)) for ms in milliseconds]
+
+    assert verify._slow(outcomes("ddim_step", "triton", 4.0, 0.5)) == {"ddim_step.triton"}
+    assert verify._slow(outcomes("ddim_step", "triton", 2.0, 0.4)) == set()
+    assert verify._slow(outcomes("conv3d", "cuda", 2.0)) == set()
+    here = verified.architecture("cpu") in dispatch.ops()["ddim_step"][0].verified
+    assert verify._slow(outcomes("ddim_step", "cpu", 2.0)) == (set() if here else {"ddim_step.cpu"})
