@@ -37,7 +37,7 @@ def convolved(
 
 
 def normalised(
-    norm: Any, conv: nn.Module, x: torch.Tensor, stats: torch.Tensor | None, scale: torch.Tensor | None = None,
+    norm: Any, conv: nn.Module | None, x: torch.Tensor, stats: torch.Tensor | None, scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None, residual: torch.Tensor | None = None, then: nn.Module | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:  # fmt: skip
     """conv(SiLU(norm(x) * (1 + scale) + shift)) + residual by one kernel that normalises as it reads, else None.
@@ -59,7 +59,7 @@ def normalised(
     return (y if x.dim() == 5 else y.squeeze(2)), left
 
 
-def _keeps_sizes(conv: nn.Module, x: torch.Tensor) -> bool:
+def _keeps_sizes(conv: nn.Module | None, x: torch.Tensor) -> bool:
     """Whether `conv` is a plain convolution of x with zeros around and a result as large, in x's dtype."""
     if not (plain(conv, nn.Conv3d if x.dim() == 5 else nn.Conv2d) and in_own_dtype(x)):
         return False

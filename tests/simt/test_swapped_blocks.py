@@ -12,7 +12,7 @@ from torch import nn
 
 import fastvdiff
 from fastvdiff import dispatch
-from tests.swap import doubles_sgm
+from tests.swap import doubles_monai, doubles_sgm
 from tests.swap.contract import hold
 
 from .conv3d_library import shim
@@ -45,6 +45,9 @@ BLOCKS = {
     "sgm, frames": (lambda: doubles_sgm.ResBlock(8, 12, dropout=0.0), {"x": draw(*FRAMES), "emb": draw(4, 12)}, 1),
     "sgm, video": (lambda: doubles_sgm.ResBlock(8, 12, 0.0, dims=3, kernel_size=[3, 1, 1], exchange_temb_dims=True),
                    {"x": draw(*VIDEO), "emb": draw(2, 3, 12)}, 1),
+    "MONAI, images": (lambda: doubles_monai.AEKLResBlock(2, 8, 16), {"x": draw(*FRAMES)}, 1),
+    "MONAI, volumes": (lambda: doubles_monai.DiffusionUNetResnetBlock(3, 8, 12, 16),
+                       {"x": draw(*VIDEO), "emb": draw(2, 12)}, 1),
 }  # fmt: skip
 
 

@@ -7,29 +7,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvdiff.swap.frames import convolve, onto, over_space
+from fastvdiff.swap.chains import convolved, normalised
+from fastvdiff.swap.frames import convolve, onto
 from fastvdiff.swap.target import UNRELATED, Target, plain, register, silu, takes, untouched
 
 from .sequences import fuses, norm_silu
 
 
-def _only(wrapper: nn.Module, kind: type) -> nn.Module | None:
-    """The one convolution inside MONAI's Convolution, or None where there is more or other than that."""
+def _only(wrapper: nn.Module, x: torch.Tensor) -> nn.Module | None:
+    """The one convolution inside MONAI's Convolution, for x, or None where there is more or other than that."""
     parts = list(wrapper) if isinstance(wrapper, nn.Sequential) and untouched(wrapper) else []
+    kind = nn.Conv3d if x.dim() == 5 else nn.Conv2d
     return parts[0] if len(parts) == 1 and plain(parts[0], kind) else None
 
 
-def _convolve(
-    wrapper: nn.Module, x: torch.Tensor, per_channel: torch.Tensor | None = None, residual: torch.Tensor | None = None
+def _between(
+    block: nn.Module, h: torch.Tensor, shortcut: torch.Tensor, per_channel: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """wrapper(x) + per_channel (B, C) + residual; in one call where it is a plain Conv3d."""
-    conv = _only(wrapper, nn.Conv3d) if x.dim() == 5 else None
-    if conv is not None:
-        return convolve(conv, x, per_channel, residual)
-    y, owned = wrapper(x), _only(wrapper, nn.Conv2d) is not None
-    if per_channel is not None:
-        y = onto(y, over_space(per_channel, y), owned)
-    return y if residual is None else onto(y, residual, owned)
+    """conv2(SiLU(norm2(conv1(h) + per_channel))) + shortcut, per_channel (B, C)."""
+    first, last = _only(block.conv1, h), _only(block.conv2, h)
+    h, stats = convolved(block.conv1 if first is None else first, h, block.norm2, per_channel)
+    fused = normalised(block.norm2, last, h, stats, residual=shortcut)
+    if fused is not None:
+        return fused[0]
+    h = norm_silu(h, block.norm2, stats=stats)
+    if h.dim() == 5 and last is not None:
+        return convolve(last, h, residual=shortcut)
+    return onto(block.conv2(h), shortcut, last is not None)
 
 
 def _check_norms(block: nn.Module) -> str | None:
@@ -55,8 +59,8 @@ def _diffusion(block: nn.Module, eager: Any, x: torch.Tensor, emb: torch.Tensor)
     resample = block.upsample if block.upsample is not None else block.downsample
     if resample is not None:
         x, h = resample(x), resample(h)
-    h = _convolve(block.conv1, h, block.time_emb_proj(block.nonlinearity(emb)).to(h.dtype))
-    return _convolve(block.conv2, norm_silu(h, block.norm2), residual=block.skip_connection(x))
+    emb = block.time_emb_proj(block.nonlinearity(emb)).to(h.dtype)
+    return _between(block, h, block.skip_connection(x), emb)
 
 
 def _check_autoencoder(block: nn.Module) -> str | None:
@@ -66,8 +70,7 @@ def _check_autoencoder(block: nn.Module) -> str | None:
 def _autoencoder(block: nn.Module, eager: Any, x: torch.Tensor) -> torch.Tensor:
     if not (plain(block.norm2, nn.GroupNorm) and fuses(x, block.norm1)):
         return eager(block, x)
-    h = _convolve(block.conv1, norm_silu(x, block.norm1))
-    return _convolve(block.conv2, norm_silu(h, block.norm2), residual=block.nin_shortcut(x))
+    return _between(block, norm_silu(x, block.norm1), block.nin_shortcut(x))
 
 
 _WHAT = "GroupNorm and SiLU in one pass, twice; the sums in the convolutions"
