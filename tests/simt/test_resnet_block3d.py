@@ -33,10 +33,10 @@ def block(**options: Any) -> ResnetBlock3d:
     return module.bfloat16()
 
 
-def inputs(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
-    x = torch.randn(2, 8, 3, 5, 4).bfloat16().to(dtype).contiguous(memory_format=torch.channels_last_3d)
-    return x.requires_grad_(), torch.randn(2, 12).bfloat16().to(dtype)
+    x = torch.randn(2, 8, 3, 5, 4).bfloat16().to(device, dtype).contiguous(memory_format=torch.channels_last_3d)
+    return x.requires_grad_(), torch.randn(2, 12).bfloat16().to(device, dtype)
 
 
 def ran(module: nn.Module, *args: torch.Tensor) -> list[str]:
@@ -46,25 +46,32 @@ def ran(module: nn.Module, *args: torch.Tensor) -> list[str]:
 
 def values(module: nn.Module, x: torch.Tensor, temb: torch.Tensor) -> list[torch.Tensor]:
     y = module(x, temb)
-    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).bfloat16().to(y.dtype)
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).bfloat16().to(y)
     return [y, *torch.autograd.grad(y, (x, *module.parameters()), cotangent)]
+
+
+def hold_block(conv: str, norm: str, device: str = "cpu") -> None:
+    """A block on the kernels, output and every gradient, to float64 beside eager."""
+    module = block(conv=conv, time_embedding_norm=norm).to(device)
+    with dispatch.use_impl(**KERNELS):
+        found = values(module, *inputs(device=device))
+    with dispatch.use_impl("reference"):
+        eager = values(module, *inputs(device=device))
+        exact = values(block(conv=conv, time_embedding_norm=norm).double(), *inputs(torch.float64))
+    found, eager = ([t.cpu() for t in of_way] for of_way in (found, eager))
+    assert_close(found[0], exact[0], eager[0])
+    largest = max(float(g.norm()) for g in exact[1:])
+    for grad, baseline, oracle in zip(found[1:], eager[1:], exact[1:], strict=True):
+        assert_close(grad, oracle, baseline, ratio=GRADIENT_RATIO, least_scale=GRADIENT_SCALE * largest)
 
 
 @pytest.mark.parametrize("conv", ["spatial", "factorized", "full"])
 @pytest.mark.parametrize("norm", ["default", "scale_shift"])
 def test_the_norm_between_is_no_pass_of_its_own(conv: str, norm: str) -> None:
-    module = block(conv=conv, time_embedding_norm=norm)
-    assert ran(module, *inputs()).count("group_norm_silu") == 1
-    assert "norm_silu_conv3d" in ran(module, *inputs())
-    with dispatch.use_impl(**KERNELS):
-        found = values(module, *inputs())
-    with dispatch.use_impl("reference"):
-        eager = values(module, *inputs())
-        exact = values(block(conv=conv, time_embedding_norm=norm).double(), *inputs(torch.float64))
-    assert_close(found[0], exact[0], eager[0])
-    largest = max(float(g.norm()) for g in exact[1:])
-    for grad, baseline, oracle in zip(found[1:], eager[1:], exact[1:], strict=True):
-        assert_close(grad, oracle, baseline, ratio=GRADIENT_RATIO, least_scale=GRADIENT_SCALE * largest)
+    ops = ran(block(conv=conv, time_embedding_norm=norm), *inputs())
+    assert ops.count("group_norm_silu") == 1
+    assert "norm_silu_conv3d" in ops
+    hold_block(conv, norm)
 
 
 def test_who_watches_sees_the_modules_called() -> None:
