@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <sstream>
@@ -13,6 +14,7 @@
 
 #include "cpu/dispatch.h"
 #include "fastvdiff/conv3d.h"
+#include "fastvdiff/conv3d_cpu.h"
 #include "fastvdiff/ddim_step.h"
 #include "fastvdiff/group_norm_silu.h"
 #include "fastvdiff/group_norm_silu_cuda.h"
@@ -221,6 +223,47 @@ void set_gradients(TemporalAttentionBlockParams& p, const std::array<Address, 12
   p.dframe_embedding = at<float>(gradients[10]), p.attention.dbias = at<float>(gradients[11]);
 }
 
+// numbers: batch, channels, out_channels, size, out_size, kernel, before, replicate, bias_frames, flipped, dtype, threads
+Conv3dCpuParams conv3d_params(const std::array<int64_t, 22>& numbers) {
+  Conv3dCpuParams p{};
+  const int64_t* next = numbers.data();
+  p.batch = *next++, p.channels = *next++, p.out_channels = *next++;
+  for (int64_t(*to)[3] : {&p.size, &p.out_size, &p.kernel, &p.before})
+    for (int64_t& n : *to) n = *next++;
+  for (bool& repeats : p.replicate) repeats = *next++ != 0;
+  p.bias_frames = *next++, p.flipped = *next++ != 0, p.dtype = static_cast<DType>(*next++);
+  p.threads = static_cast<int>(*next);
+  return p;
+}
+
+void bind_conv3d(py::module_& m) {
+  using Numbers = std::array<int64_t, 22>;
+  using Strides5 = std::array<int64_t, 5>;
+  m.def("conv3d_workspace", [](const Numbers& numbers) { return conv3d_workspace(conv3d_params(numbers)); });
+  m.def("conv3d_weight_gradient_workspace",
+        [](const Numbers& numbers) { return conv3d_weight_gradient_workspace(conv3d_params(numbers)); });
+  // addresses: x, weight, bias, channel_bias, residual, y, workspace; strides: of x, weight, y, residual
+  m.def("conv3d_forward", [](const Numbers& numbers, const std::array<Address, 7>& addresses,
+                             const std::array<Strides5, 4>& strides) {
+    Conv3dCpuParams p = conv3d_params(numbers);
+    p.x = at<const void>(addresses[0]), p.weight = at<const float>(addresses[1]), p.bias = at<const float>(addresses[2]);
+    p.channel_bias = at<const float>(addresses[3]), p.residual = at<const void>(addresses[4]);
+    p.y = at<void>(addresses[5]), p.workspace = at<float>(addresses[6]);
+    std::copy_n(strides[0].data(), 5, p.stride_x), std::copy_n(strides[1].data(), 5, p.stride_w);
+    std::copy_n(strides[2].data(), 5, p.stride_y), std::copy_n(strides[3].data(), 5, p.stride_r);
+    run(conv3d_forward, p);
+  });
+  // addresses: x, grad, dweight, workspace; strides: of x, grad
+  m.def("conv3d_weight_gradient", [](const Numbers& numbers, const std::array<Address, 4>& addresses,
+                                     const std::array<Strides5, 2>& strides) {
+    Conv3dCpuParams p = conv3d_params(numbers);
+    p.x = at<const void>(addresses[0]), p.grad = at<const void>(addresses[1]);
+    p.dweight = at<float>(addresses[2]), p.workspace = at<float>(addresses[3]);
+    std::copy_n(strides[0].data(), 5, p.stride_x), std::copy_n(strides[1].data(), 5, p.stride_y);
+    run(conv3d_weight_gradient, p);
+  });
+}
+
 void bind_temporal_attention_block(py::module_& m) {
   using Params = TemporalAttentionBlockParams;
   py::class_<Params>(m, "TemporalAttentionBlockParams").def(py::init(&temporal_attention_block_params));
@@ -414,6 +457,7 @@ PYBIND11_MODULE(_C, m) {
   bind_ddim_step(m);
   bind_temporal_attention(m);
   bind_temporal_attention_block(m);
+  bind_conv3d(m);
   m.attr("cuda_architectures") = cuda_architectures();
 #ifdef FASTVDIFF_CUDA
   bind_cuda_group_norm_silu(m);

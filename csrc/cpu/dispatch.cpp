@@ -2,6 +2,7 @@
 
 #include <atomic>
 
+#include "fastvdiff/conv3d_cpu.h"
 #include "fastvdiff/ddim_step.h"
 #include "fastvdiff/group_norm_silu.h"
 #include "fastvdiff/temporal_attention.h"
@@ -65,6 +66,10 @@ void set_current_isa(Isa isa) { chosen().store(isa, std::memory_order_relaxed); 
 FASTVDIFF_DISPATCH(int64_t, group_norm_silu_workspace, GroupNormSiluParams)
 FASTVDIFF_DISPATCH(void, group_norm_silu_forward, GroupNormSiluParams)
 FASTVDIFF_DISPATCH(void, group_norm_silu_backward, GroupNormSiluParams)
+FASTVDIFF_DISPATCH(int64_t, conv3d_workspace, Conv3dCpuParams)
+FASTVDIFF_DISPATCH(int64_t, conv3d_weight_gradient_workspace, Conv3dCpuParams)
+FASTVDIFF_DISPATCH(void, conv3d_forward, Conv3dCpuParams)
+FASTVDIFF_DISPATCH(void, conv3d_weight_gradient, Conv3dCpuParams)
 FASTVDIFF_DISPATCH(int64_t, ddim_step_workspace, DdimStepParams)
 FASTVDIFF_DISPATCH(void, ddim_step_forward, DdimStepParams)
 FASTVDIFF_DISPATCH(void, ddim_step_backward, DdimStepParams)

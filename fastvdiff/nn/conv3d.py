@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastvdiff import checks, ops
-from fastvdiff.ops.conv3d import leaves_statistics as _leaves_statistics
+from fastvdiff.ops.conv3d import impl_of
 from fastvdiff.ops.norm_silu_conv3d import normalises_as_it_reads as _normalises_as_it_reads
 
 from .group_norm_silu import GroupNormSiLU
@@ -139,7 +139,8 @@ def leaves_statistics(conv: nn.Module, x: torch.Tensor, sums: bool) -> bool:
     """
     if type(conv) not in _KNOWN:
         return False
-    return _leaves_statistics(x, (conv.temporal if isinstance(conv, FactorizedConv3d) else conv).weight, sums)
+    last = conv.temporal if isinstance(conv, FactorizedConv3d) else conv
+    return impl_of(x, last.weight, sums).startswith("cuda")
 
 
 def normalises_as_it_reads(norm: nn.Module, conv: nn.Module, x: torch.Tensor) -> bool:

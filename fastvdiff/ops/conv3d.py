@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,14 +11,23 @@ from typing import Any
 import torch
 
 from fastvdiff import checks, dispatch
-from fastvdiff.reference.conv3d import are_channels_last, output_sizes, paddings, triple
 from fastvdiff.reference.conv3d import conv3d as _reference
 from fastvdiff.reference.conv3d import is_channels_last as _has_channels_last
+from fastvdiff.reference.conv3d import moments, output_sizes, paddings, triple
 
 from . import registration
+from .conv3d_facts import (
+    on_cpu_winograd,
+    on_cuda,
+    on_hopper,
+    options_of,
+    race_class,
+    size_keeping,
+    slower_than_direct,
+    untimed,
+)
 
 _OP = "conv3d"
-RACED_KERNELS = ("1x1x1", "1x3x3", "3x1x1", "3x3x3")
 
 
 def conv3d(
@@ -62,10 +70,13 @@ def conv3d(
         channel_bias: (B, C_out) or (B, C_out, T_out), any floating dtype.
         residual: like the result, any floating dtype.
         stats_groups: above 0, the statistics of the result in that many groups of channels come too.
-        impl: None, or the implementation to use, strictly: "cuda" (groups = 1; float32 is multiplied as tf32, where
-            `torch.backends.cudnn.conv.fp32_precision` is "tf32"), "cuda_sm90" (compute capability 9.0; bfloat16 and
-            float16 in channels_last_3d; the forward and, at stride 1, x's gradient of calls with zeros as padding and
-            without prefix and statistics: for others it runs what "cuda" runs) or "reference".
+        impl: None, or the implementation to use, strictly: "cpu_winograd" (kernels of (k, 3, 3) and (3, 1, 1), stride
+            and dilation 1, groups = 1, no prefix, "replicate" without a gradient: a quarter of a direct sum's products
+            over space, half over time, and 1.5 to 2 times its rounding error in float32), "cuda" (groups = 1; float32
+            is multiplied as tf32, where `torch.backends.cudnn.conv.fp32_precision` is "tf32"), "cuda_sm90" (compute
+            capability 9.0; bfloat16 and float16 in channels_last_3d; the forward and, at stride 1, x's gradient of
+            calls with zeros as padding and without prefix and statistics: for others it runs what "cuda" runs) or
+            "reference".
 
     Returns:
         (B, C_out, T_out, H_out, W_out) in x's dtype; channels_last_3d if x or the weight is, else contiguous (where
@@ -76,14 +87,17 @@ def conv3d(
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
         NotImplementedError: `impl` does not support the call.
+
+    Source: Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308 ("cpu_winograd").
     """
     out_sizes = check(_OP, x, weight, bias, stride, padding, dilation, groups, padding_mode, prefix, channel_bias,
                       residual, stats_groups)  # fmt: skip
     x = x.to(registration.autocast_dtype(x))
     facts = dispatch.facts_of(
         x, dispatch.needs_grad(x, weight, bias, prefix, channel_bias, residual),
-        **cuda_options(x.shape[0], weight, stride, dilation, groups, out_sizes,
-                       channel_bias is not None or residual is not None),
+        **options_of(x.shape[0], weight, stride, dilation, groups, out_sizes,
+                     channel_bias is not None or residual is not None, "replicate" in triple(padding_mode),
+                     prefix is not None),
     )  # fmt: skip
     chosen = dispatch.choose(_OP, facts, impl)
     with registration.without_autocast(x):
@@ -178,85 +192,13 @@ def _check_padding(op: str, padding: object, stride: object, padding_mode: objec
     return modes
 
 
-def cuda_options(
-    batch: int, weight: torch.Tensor, stride: Any, dilation: Any, groups: int, out_sizes: tuple[int, int, int],
-    sums: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """What `on_cuda` and `race_class` look at beside the facts of every call; `sums`: it adds more than a bias."""
-    return {
-        "groups": groups, "positions": batch * math.prod(out_sizes), "weight": weight.shape,
-        "weight_strides": weight.stride(), "steps": (stride, dilation), "sums": sums,
-    }  # fmt: skip
+def impl_of(x: torch.Tensor, weight: torch.Tensor, sums: bool) -> str:
+    """What would run a convolution that keeps T, H and W; x (B, C, T, H, W) is laid out like the input.
 
-
-def leaves_statistics(x: torch.Tensor, weight: torch.Tensor, sums: bool) -> bool:
-    """Whether a kernel would run a convolution that keeps T, H and W: it leaves statistics of its result for nothing.
-
-    x (B, C, T, H, W) is laid out like the input, whose channels are the weight's. `sums`: it has a channel bias or a
-    residual.
+    The input's channels are the weight's. `sums`: it has a channel bias or a residual. The kernels of "cuda" and
+    "cuda_sm90" leave the statistics of their result for nothing.
     """
-    return dispatch.choose(_OP, size_keeping(x, weight, sums), record=False).name != "reference"
-
-
-def size_keeping(x: torch.Tensor, weight: torch.Tensor, sums: bool, **options: Any) -> dispatch.Facts:
-    """Facts of a convolution that keeps T, H and W of an x of the weight's channels."""
-    shape = (x.shape[0], weight.shape[1], *x.shape[2:])
-    options |= cuda_options(shape[0], weight, 1, 1, 1, shape[2:], sums)
-    recorded = dispatch.needs_grad(x, weight)
-    return dispatch.Facts(x.device.type, registration.autocast_dtype(x), shape, x.stride(), recorded, options)
-
-
-def race_class(facts: dispatch.Facts) -> str:
-    """The convolutions with which a call wins or loses against cuDNN; those of "others" are never raced."""
-    weight, strides, sums = (facts.options[name] for name in ("weight", "weight_strides", "sums"))
-    kernel, channels = "x".join(map(str, weight[2:])), min(facts.shape[1], weight[0])
-    plain = all(triple(step) == (1, 1, 1) for step in facts.options["steps"])
-    if not plain or channels < 32 or kernel not in RACED_KERNELS:
-        return "others"
-    channels_last = are_channels_last(facts.shape, facts.strides) or are_channels_last(weight, strides)
-    return ", ".join((
-        kernel, "192 channels and more" if channels >= 192 else "32 to 191 channels",
-        "channels_last" if channels_last else "contiguous",
-        "float32 as tf32" if facts.dtype == torch.float32 else "16 bits",
-        "with sums" if sums else "no sums", "training" if facts.needs_grad else "forward",
-    ))  # fmt: skip
-
-
-def on_cuda(facts: dispatch.Facts) -> str | None:
-    """What the CUDA kernels ask of a convolution."""
-    reason = registration.on_cuda(facts)
-    if reason is not None:
-        return reason
-    if facts.options["groups"] != 1:
-        return f"no grouped convolution, got groups = {facts.options['groups']}"
-    if facts.options["positions"] >= 2**31:
-        return f"fewer than 2^31 output positions, got {facts.options['positions']}"
-    if facts.dtype != torch.float32:
-        return None
-    # Dynamo cannot trace the setting, which may differ from one run of the compiled code to the next.
-    if torch.compiler.is_compiling():
-        return "float32 is multiplied as tf32, and under torch.compile it is not known whether torch allows that"
-    allowed = torch.backends.cudnn.conv.fp32_precision
-    if allowed != "tf32":
-        return f"float32 is multiplied as tf32, which torch.backends.cudnn.conv.fp32_precision = {allowed!r} forbids"
-    return None
-
-
-def _untimed(facts: dispatch.Facts) -> str | None:
-    """The kernel of tensor copies has not run on a GPU: it is there for who names it."""
-    return None if facts.device == "cpu" else "not timed against cuDNN yet: it runs where it is named"
-
-
-def _on_hopper(facts: dispatch.Facts) -> str | None:
-    """What the kernel of tensor copies and warpgroup products asks for."""
-    reason = registration.on_sm90a(facts)
-    if reason is not None:
-        return reason
-    if facts.dtype == torch.float32:
-        return "takes bfloat16 and float16, not float32"
-    if facts.shape[1] % 8 or facts.strides[1] != 1:
-        return f"x is not channels_last with a multiple of 8 channels, got {facts.shape[1]}"
-    return on_cuda(facts)
+    return dispatch.choose(_OP, size_keeping(x, weight, sums), record=False).name
 
 
 def _call_kernel(
@@ -266,8 +208,17 @@ def _call_kernel(
     recorded = dispatch.needs_grad(x, weight, bias, prefix, channel_bias, residual)
     geometry = geometry_of(weight, stride, padding, dilation, padding_mode)
     y, stats = registration.call(_forward_op, recorded, x, weight, bias, *geometry, prefix, channel_bias, residual,
-                                 stats_groups, impl)  # fmt: skip
-    return (y, stats.detach()) if stats_groups else y
+                                 0 if impl == "cpu_winograd" else stats_groups, impl)  # fmt: skip
+    return with_statistics(y, stats, stats_groups, impl)
+
+
+def with_statistics(
+    y: torch.Tensor, stats: torch.Tensor, stats_groups: int, impl: str
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """y, with its statistics where they were asked for: those of a CUDA kernel, on a CPU worked out from y."""
+    if not stats_groups:
+        return y
+    return y, stats.detach() if impl.startswith("cuda") else moments(y, stats_groups)
 
 
 def geometry_of(
@@ -404,7 +355,14 @@ registration.differentiable(
 )
 dispatch.register(
     _OP,
+    dispatch.Impl(
+        "cpu_winograd",
+        on_cpu_winograd,
+        partial(_call_kernel, "cpu_winograd"),
+        frozenset({"x86_64"}),
+        slower_than_direct,
+    ),
     dispatch.Impl("cuda", on_cuda, partial(_call_kernel, "cuda"), frozenset(), tf32=True, raced=race_class),
-    dispatch.Impl("cuda_sm90", _on_hopper, partial(_call_kernel, "cuda_sm90"), frozenset(), slower=_untimed),
+    dispatch.Impl("cuda_sm90", on_hopper, partial(_call_kernel, "cuda_sm90"), frozenset(), slower=untimed),
     dispatch.Impl("reference", lambda facts: None, _reference),
-)
+)  # fmt: skip

@@ -10,25 +10,17 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvdiff import checks, dispatch
 from fastvdiff.reference.conv3d import conv3d as _reference_conv3d
+from fastvdiff.reference.conv3d import triple
 from fastvdiff.reference.norm_silu_conv3d import norm_silu_conv3d as _reference
 
 from . import registration
-from .conv3d import (
-    GEOMETRY,
-    bias_gradients_of,
-    cuda_options,
-    geometry_of,
-    is_channels_last,
-    on_cuda,
-    race_class,
-    result_like,
-    shape_of,
-    size_keeping,
-)
+from .conv3d import GEOMETRY, bias_gradients_of, geometry_of, is_channels_last, result_like, shape_of, with_statistics
 from .conv3d import check as check_convolution
+from .conv3d_facts import on_cuda, options_of, race_class, size_keeping
 from .group_norm_silu import group_norm_silu
 
 _OP = "norm_silu_conv3d"
+_CONVOLUTIONS = {"cpu": "cpu_winograd", "cuda": "cuda"}  # whose implementation of conv3d goes with the norm's
 
 
 def norm_silu_conv3d(
@@ -79,8 +71,9 @@ def norm_silu_conv3d(
         silu: False leaves the activation out.
         stride, padding, dilation, groups, padding_mode, prefix, channel_bias, residual, stats_groups: as in `conv3d`;
             prefix holds frames of h, not of x.
-        impl: None, or the implementation to use, strictly: "cpu", "cuda" (with `stats` the norm is applied as the
-            convolution reads x; else the two ops' kernels run one after the other) or "reference".
+        impl: None, or the implementation to use, strictly: "cpu" (the norm's kernel, then `conv3d`'s or oneDNN's),
+            "cuda" (with `stats` the norm is applied as the convolution reads it; else the two ops' kernels run one
+            after the other) or "reference".
 
     Returns:
         As `conv3d`: y, or (y, statistics of y) with `stats_groups`.
@@ -98,8 +91,9 @@ def norm_silu_conv3d(
     differentiable = (x, norm_weight, norm_bias, weight, bias, scale, shift, prefix, channel_bias, residual)
     facts = dispatch.facts_of(
         x, dispatch.needs_grad(*differentiable), given=stats is not None,
-        **cuda_options(x.shape[0], weight, stride, dilation, groups, out_sizes,
-                       channel_bias is not None or residual is not None),
+        **options_of(x.shape[0], weight, stride, dilation, groups, out_sizes,
+                     channel_bias is not None or residual is not None, "replicate" in triple(padding_mode),
+                     prefix is not None),
     )  # fmt: skip
     chosen = dispatch.choose(_OP, facts, impl)
     norm = (num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats)
@@ -108,10 +102,7 @@ def norm_silu_conv3d(
         "prefix": prefix, "channel_bias": channel_bias, "residual": residual, "stats_groups": stats_groups,
     }  # fmt: skip
     with registration.without_autocast(x):
-        if facts.needs_grad and chosen.name != "cuda":  # whose own backward computes h again
-            return checkpoint(chosen.call, x, weight, bias, norm, convolution, use_reentrant=False,
-                              preserve_rng_state=False)  # fmt: skip
-        return chosen.call(x, weight, bias, norm, convolution)
+        return chosen.call(facts, x, weight, bias, norm, convolution)
 
 
 def _race_class(facts: dispatch.Facts) -> str:
@@ -144,17 +135,33 @@ def _check_norm(
                          symbols="(B, C) or (B, C, T)")  # fmt: skip
 
 
-def _call_reference(
+def _call_reference(facts: dispatch.Facts, *args: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return _recomputing(facts, _plain, *args)
+
+
+def _call_cpu(facts: dispatch.Facts, *args: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The norm's C++ kernel and the convolution's, or oneDNN's."""
+    if dispatch.choose("conv3d", facts, record=False).name == "cpu_winograd":
+        return _call_kernel("cpu", *args)
+    return _recomputing(facts, _pair, *args)
+
+
+def _recomputing(facts: dispatch.Facts, call: Any, *args: Any) -> Any:
+    if facts.needs_grad:
+        return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False)
+    return call(*args)
+
+
+def _plain(
     x: torch.Tensor, weight: torch.Tensor, bias: Any, norm: tuple[Any, ...], convolution: dict[str, Any]
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     num_groups, norm_weight, norm_bias, eps, scale, shift, silu, _ = norm
     return _reference(x, num_groups, norm_weight, norm_bias, weight, bias, eps, scale, shift, silu, **convolution)
 
 
-def _call_cpu(
+def _pair(
     x: torch.Tensor, weight: torch.Tensor, bias: Any, norm: tuple[Any, ...], convolution: dict[str, Any]
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The norm's C++ kernel, and oneDNN's convolution."""
     num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats = norm
     h = group_norm_silu(
         x, num_groups, norm_weight, norm_bias, eps, scale=scale, shift=shift, silu=silu, stats=stats, impl="cpu"
@@ -162,21 +169,26 @@ def _call_cpu(
     return _reference_conv3d(h, weight, bias, **convolution)
 
 
+def _call_cuda(facts: dispatch.Facts, *args: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return _call_kernel("cuda", *args)
+
+
 def _call_kernel(
-    x: torch.Tensor, weight: torch.Tensor, bias: Any, norm: tuple[Any, ...], convolution: dict[str, Any]
+    impl: str, x: torch.Tensor, weight: torch.Tensor, bias: Any, norm: tuple[Any, ...], convolution: dict[str, Any]
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """CUDA: one op whose backward computes h again, and not the convolution."""
+    """One op whose backward computes h again, and not the convolution."""
     num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats = norm
     prefix, channel_bias, residual = (convolution[name] for name in ("prefix", "channel_bias", "residual"))
     recorded = dispatch.needs_grad(
         x, norm_weight, norm_bias, scale, shift, weight, bias, prefix, channel_bias, residual
     )
     geometry = geometry_of(weight, *(convolution[name] for name in ("stride", "padding", "dilation", "padding_mode")))
+    stats_groups = convolution["stats_groups"]
     y, y_stats = registration.call(
         _forward_op, recorded, x, num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats, weight, bias,
-        *geometry, prefix, channel_bias, residual, convolution["stats_groups"], "cuda",
+        *geometry, prefix, channel_bias, residual, stats_groups if impl == "cuda" else 0, impl,
     )  # fmt: skip
-    return (y, y_stats.detach()) if convolution["stats_groups"] else y
+    return with_statistics(y, y_stats, stats_groups, impl)
 
 
 def _forward(
@@ -185,11 +197,11 @@ def _forward(
     channel_bias: Any, residual: Any, stats_groups: int, impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     norm = (num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats)
-    convolution = registration.backend(impl, "conv3d")
+    convolution = registration.backend(_CONVOLUTIONS[impl], "conv3d")
     geometry = convolution.Geometry(*map(tuple, (stride, padding, dilation, replicate)))
     out_size = shape_of(x, weight, stride, padding, dilation)[2:]
     rest = (weight, bias, geometry, prefix, channel_bias, residual, stats_groups, out_size, is_channels_last(x, weight))
-    if stats is not None:
+    if stats is not None and impl == "cuda":
         return registration.backend(impl, _OP).forward(x, *norm, *rest)
     h, _ = registration.backend(impl, "group_norm_silu").forward(x, *norm)
     return convolution.forward(h, *rest)
@@ -208,7 +220,10 @@ def _backward(
     shift: Any, silu: bool, stats: Any, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any, replicate: Any,
     prefix: Any, impl: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    norm, convolution = (registration.backend(impl, op) for op in ("group_norm_silu", "conv3d"))
+    norm, convolution = (
+        registration.backend(impl, "group_norm_silu"),
+        registration.backend(_CONVOLUTIONS[impl], "conv3d"),
+    )
     geometry = convolution.Geometry(*map(tuple, (stride, padding, dilation, replicate)))
     grad = grad.to(x.dtype)
     h, moments = norm.forward(x, num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats)
@@ -284,6 +299,6 @@ registration.differentiable(
 dispatch.register(
     _OP,
     dispatch.Impl("cpu", registration.on_cpu, _call_cpu, frozenset({"x86_64"})),
-    dispatch.Impl("cuda", on_cuda, _call_kernel, frozenset(), tf32=True, raced=_race_class),
+    dispatch.Impl("cuda", on_cuda, _call_cuda, frozenset(), tf32=True, raced=_race_class),
     dispatch.Impl("reference", lambda facts: None, _call_reference),
 )

@@ -171,7 +171,7 @@ def _narrow_dtypes() -> tuple[torch.dtype, ...]:
     return ((torch.bfloat16,) if bfloat16 else ()) + ((torch.float16,) if onednn._is_mkldnn_fp16_supported() else ())
 
 
-_FAST_ON_CPU = (torch.float32, torch.float64, *_narrow_dtypes())
+FAST_ON_CPU = (torch.float32, torch.float64, *_narrow_dtypes())
 
 
 def beats_torch(x: torch.Tensor, dtype: torch.dtype, weight: torch.Tensor, groups: int) -> bool:
@@ -179,12 +179,12 @@ def beats_torch(x: torch.Tensor, dtype: torch.dtype, weight: torch.Tensor, group
 
     On a CPU those are im2col, and 16-bit dtypes that oneDNN emulates or does not know.
     """
-    slow = dtype not in _FAST_ON_CPU or (dtype == x.dtype and _torch_takes_im2col(x, weight, groups))
+    slow = dtype not in FAST_ON_CPU or (dtype == x.dtype and _torch_takes_im2col(x, weight, groups))
     return x.device.type == "cpu" and slow
 
 
 def _computed_in(x: torch.Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "cpu" and x.dtype not in _FAST_ON_CPU else x.dtype
+    return torch.float32 if x.device.type == "cpu" and x.dtype not in FAST_ON_CPU else x.dtype
 
 
 def _add(y: torch.Tensor, term: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastvdiff import ops
-from fastvdiff.ops.conv3d import leaves_statistics
+from fastvdiff.ops.conv3d import impl_of
 from fastvdiff.ops.norm_silu_conv3d import normalises_as_it_reads
 
 from .frames import convolve, for_batch, onto, over_space
@@ -16,24 +16,33 @@ from .target import group_norm, in_own_dtype, plain
 
 
 def convolved(
-    conv: nn.Module, x: torch.Tensor, norm: nn.Module | None, channel_bias: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """conv(x) + channel_bias, x of frames (N, C, H, W) or a video (B, C, T, H, W), and its statistics for `norm`.
+    conv: nn.Module, x: torch.Tensor, norm: nn.Module | None, channel_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """conv(x) + channel_bias + residual, x of frames (N, C, H, W) or a video, and its statistics for `norm`.
 
     channel_bias (N, C), (B or 1, C) or (B or 1, C, T), or None. The statistics are None without a norm, and where they
     would cost a pass.
     """
-    fits = channel_bias is None or torch.promote_types(x.dtype, channel_bias.dtype) == x.dtype
-    if fits and group_norm(norm) and _keeps_sizes(conv, x):
+    sums = [term for term in (channel_bias, residual) if term is not None]
+    fits = all(torch.promote_types(x.dtype, term.dtype) == x.dtype for term in sums)
+    if fits and _keeps_sizes(conv, x):
         clip, weight = _as_video(x), _weight(conv)
-        if leaves_statistics(clip, weight, sums=channel_bias is not None):
-            y, stats = ops.conv3d(clip, weight, conv.bias, padding="same", channel_bias=for_batch(channel_bias, x),
-                                  stats_groups=norm.num_groups)  # fmt: skip
+        impl = impl_of(clip, weight, sums=bool(sums))
+        if impl != "reference":
+            groups = norm.num_groups if norm is not None and group_norm(norm) and impl.startswith("cuda") else 0
+            found = ops.conv3d(
+                clip, weight, conv.bias, padding="same", channel_bias=for_batch(channel_bias, x),
+                residual=None if residual is None else _as_video(residual), stats_groups=groups,
+            )  # fmt: skip
+            y, stats = found if groups else (found, None)
             return (y if x.dim() == 5 else y.squeeze(2)), stats
     if x.dim() == 5:
-        return convolve(conv, x, channel_bias), None
+        return convolve(conv, x, channel_bias, residual), None
     y = conv(x)
-    return (y if channel_bias is None else onto(y, over_space(channel_bias, y), plain(conv, nn.Conv2d))), None
+    if channel_bias is not None:
+        y = onto(y, over_space(channel_bias, y), plain(conv, nn.Conv2d))
+    return (y if residual is None else onto(y, residual, plain(conv, nn.Conv2d))), None
 
 
 def normalised(

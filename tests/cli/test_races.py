@@ -16,7 +16,7 @@ from rich.console import Console
 from fastvdiff import dispatch, ops, verified
 from fastvdiff.cli import races, verify
 from fastvdiff.cli.examples import EXAMPLES
-from fastvdiff.ops.conv3d import race_class
+from fastvdiff.ops.conv3d_facts import race_class
 from tests.simt.conv3d_library import shim
 from tests.simt.host import require_shim
 

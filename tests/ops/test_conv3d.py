@@ -306,7 +306,7 @@ def test_small_float32_clips_do_not_reach_slow_conv3d(
 def test_without_fast_16_bit_units_the_convolution_runs_in_float32(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "_FAST_ON_CPU", (torch.float32, torch.float64))
+    monkeypatch.setattr(reference, "FAST_ON_CPU", (torch.float32, torch.float64))
     seen = []
     convolve = reference._convolve
     monkeypatch.setattr(reference, "_convolve", lambda x, *rest: seen.append(x.dtype) or convolve(x, *rest))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastvdiff import ops
-from fastvdiff.ops.conv3d import cuda_options
+from fastvdiff.ops.conv3d_facts import options_of
 from fastvdiff.ops.registration import autocast_dtype
 from fastvdiff.reference.conv3d import beats_torch, output_sizes, paddings
 from fastvdiff.swap.target import UNRELATED, Target, kernel_runs, register
@@ -32,7 +32,16 @@ def _kernel_wins(conv: nn.Conv3d, x: torch.Tensor) -> bool:
     """Whether a kernel of ours would run it."""
     sides = paddings(conv.padding, conv.kernel_size, conv.dilation)
     out = output_sizes(x.shape[2:], conv.kernel_size, conv.stride, sides, conv.dilation)
-    options = cuda_options(x.shape[0], conv.weight, conv.stride, conv.dilation, conv.groups, out, sums=False)
+    options = options_of(
+        x.shape[0],
+        conv.weight,
+        conv.stride,
+        conv.dilation,
+        conv.groups,
+        out,
+        sums=False,
+        repeats=conv.padding_mode == "replicate",
+    )
     return kernel_runs("conv3d", x, conv.weight, conv.bias, **options)
 
 

@@ -93,7 +93,7 @@ def _forward(
     else:
         h = last[2](norm_silu(h, last[0], scale=scale, shift=shift, stats=stats))
         # A video's sum is in the input's layout, which is the way back to frames.
-        y = shortcut + convolve(last[3], h) if video else onto(last[3](h), shortcut, plain(last[3], nn.Conv2d))
+        y = shortcut + convolve(last[3], h) if video else convolved(last[3], h, None, residual=shortcut)[0]
     batch = kwargs.get("batch_size", args[0] if args else None)
     if getattr(block, "use_temporal_conv", False) and batch:
         y = as_frames(block.temopral_conv(as_video(y, y.shape[0] // batch)))

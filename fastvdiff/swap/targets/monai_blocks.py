@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from fastvdiff.swap.chains import convolved, normalised
-from fastvdiff.swap.frames import convolve, onto
 from fastvdiff.swap.target import UNRELATED, Target, plain, register, silu, takes, untouched
 
 from .sequences import fuses, norm_silu
@@ -30,10 +29,8 @@ def _between(
     fused = normalised(block.norm2, last, h, stats, residual=shortcut)
     if fused is not None:
         return fused[0]
-    h = norm_silu(h, block.norm2, stats=stats)
-    if h.dim() == 5 and last is not None:
-        return convolve(last, h, residual=shortcut)
-    return onto(block.conv2(h), shortcut, last is not None)
+    last = block.conv2 if last is None else last
+    return convolved(last, norm_silu(h, block.norm2, stats=stats), None, residual=shortcut)[0]
 
 
 def _check_norms(block: nn.Module) -> str | None:

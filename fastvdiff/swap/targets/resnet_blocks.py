@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from fastvdiff.swap.chains import convolved, normalised
-from fastvdiff.swap.frames import onto
 from fastvdiff.swap.target import Target, dropping, plain, register, silu
 
 from .sequences import fuses, norm_silu
@@ -62,8 +61,8 @@ def _forward(
     if fused is not None:
         y = fused[0]
     else:
-        h = block.conv2(block.dropout(norm_silu(h, block.norm2, scale=scale, shift=shift, stats=stats)))
-        y = onto(h, x, plain(block.conv2, nn.Conv2d))
+        h = block.dropout(norm_silu(h, block.norm2, scale=scale, shift=shift, stats=stats))
+        y, _ = convolved(block.conv2, h, None, residual=x)
     return y if block.output_scale_factor == 1 else y / block.output_scale_factor
 
 
