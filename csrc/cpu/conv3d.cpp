@@ -20,7 +20,7 @@ namespace {
 // itself, with `chunk` tiles, whose points are made before by all.
 template <class Tile>
 struct Sizes {
-  static constexpr int64_t kCachedWeight = 4 << 20, kCachedInput = 2 << 20;
+  static constexpr int64_t kCachedWeight = 4 << 20, kCachedInput = 4 << 20;
   bool by_panel;
   int64_t depth, width, panels, panel_weight, weight, chunk, input_plane, input, result_plane, worker;
 

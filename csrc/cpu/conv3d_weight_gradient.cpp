@@ -49,9 +49,10 @@ void taps(const Conv3dCpuParams& p, int64_t slice, int64_t c, int64_t first, int
     vf points[Tile::kPoints];
     for (int i = 0; i < Tile::kPoints; ++i) points[i] = load(u + i * plane + k - first);
     Tile::point_taps(points);
-    for (int tap = 0; tap < Tile::kTaps; ++tap)
-      for (int64_t l = 0; l < n; ++l)
-        p.dweight[((k + l) * p.channels + c) * all + slice * Tile::kTaps + tap] = points[tap][l];
+    for (int64_t l = 0; l < n; ++l) {
+      float* to = p.dweight + ((k + l) * p.channels + c) * all + slice * Tile::kTaps;
+      for (int tap = 0; tap < Tile::kTaps; ++tap) to[tap] = points[tap][l];
+    }
   });
 }
 

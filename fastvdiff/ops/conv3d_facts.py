@@ -84,19 +84,26 @@ def on_cpu_winograd(facts: dispatch.Facts) -> str | None:
 
 
 def slower_than_direct(facts: dispatch.Facts) -> str | None:
-    """The classes in which minimal filtering lost against oneDNN on x86 with AVX2."""
+    """The classes in which minimal filtering lost against oneDNN on x86 with AVX2, forward or training."""
     weight, (frames, height, width) = facts.options["weight"], facts.options["out_sizes"]
+    fewest, pairs = min(facts.shape[1], weight[0]), facts.shape[1] * weight[0]
     if facts.dtype.itemsize == 2 and facts.dtype in FAST_ON_CPU:
         return f"slower here: oneDNN multiplies {facts.dtype} by instructions of its own"
-    if min(facts.shape[1], weight[0]) < 16:
-        return "slower here: fewer than 16 channels"
     if weight[3] == 1:
         if not _channels_last(facts):
             return "slower here: 3x1x1 on a contiguous tensor"
-        inside, tiles = frames, -(-frames // 4) * 4
+        if fewest < 32 or pairs * facts.options["positions"] < 600_000:
+            return "slower here: 3x1x1 with fewer than 32 channels, or on a small tensor"
+        asked, made = frames, -(-frames // 4) * 4
     else:
-        inside, tiles = height * width, -(-height // 4) * -(-width // 4) * 16
-    return f"slower here: {inside} of its tiles' {tiles} outputs are asked for" if inside < tiles / 2 else None
+        least = 16 if _channels_last(facts) else 48
+        if fewest < least:
+            return f"slower here: fewer than {least} channels"
+        tiles = -(-height // 4) * -(-width // 4)
+        if facts.shape[0] * frames * tiles < 24 and pairs > 2048:
+            return "slower here: the weight is large beside a tensor of fewer than 24 tiles"
+        asked, made = height * width, tiles * 16
+    return f"slower here: of its tiles' {made} outputs {asked} are asked for" if asked < 0.65 * made else None
 
 
 def on_cuda(facts: dispatch.Facts) -> str | None:

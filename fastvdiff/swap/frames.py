@@ -23,14 +23,17 @@ def as_frames(video: torch.Tensor) -> torch.Tensor:
 
 
 def dense(video: torch.Tensor, as_eager: bool = False) -> torch.Tensor:
-    """`video` in channels_last_3d if it is that already, else contiguous: a norm reads other strides slowly.
+    """`video` as it is if it is contiguous or in channels_last_3d, else a copy: a norm reads other strides slowly.
 
-    `as_eager`: in the format that torch's own GroupNorm gives, which decides where Dropout puts its random numbers;
-    it keeps channels_last_3d on a CPU only.
+    On a CPU the copy is in channels_last_3d, which convolutions over frames are fastest in. `as_eager`: in the format
+    that torch's own GroupNorm gives, which decides where Dropout puts its random numbers; it keeps channels_last_3d on
+    a CPU only.
     """
-    keeps = not as_eager or video.device.type == "cpu"
-    if keeps and video.is_contiguous(memory_format=torch.channels_last_3d):
+    on_cpu = video.device.type == "cpu"
+    if (on_cpu or not as_eager) and video.is_contiguous(memory_format=torch.channels_last_3d):
         return video
+    if on_cpu and not as_eager and not video.is_contiguous():
+        return video.contiguous(memory_format=torch.channels_last_3d)
     return video.contiguous()
 
 

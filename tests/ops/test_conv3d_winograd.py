@@ -152,7 +152,7 @@ def test_opcheck(kernel: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 1, 1)], ids=str)
 def test_compiled_whole(kernel: tuple[int, ...]) -> None:
-    tensors = {name: t.requires_grad_() for name, t in tensors_of(case(16, 16, (4, 8, 8), kernel)).items()}
+    tensors = {name: t.requires_grad_() for name, t in tensors_of(case(32, 32, (4, 16, 16), kernel)).items()}
 
     def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return conv3d(x, weight, padding="same")
@@ -215,12 +215,13 @@ def test_what_it_does_not_run(options: dict[str, Any], reason: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "outputs", "kernel", "reason"),
     [
-        ((1, 3, 4, 16, 16), 64, (1, 3, 3), "slower here: fewer than 16 channels"),
-        ((1, 32, 4, 5, 5), 32, (1, 3, 3), "slower here: 25 of its tiles' 64 outputs are asked for"),
-        ((1, 32, 1, 8, 8), 32, (3, 1, 1), "slower here: 3x1x1 on a contiguous tensor"),
-        ((1, 32, 4, 8, 8), 32, (1, 3, 3), None),
+        ((1, 40, 4, 16, 16), 64, (1, 3, 3), "slower here: fewer than 48 channels"),
+        ((1, 64, 4, 6, 6), 64, (1, 3, 3), "slower here: of its tiles' 64 outputs 36 are asked for"),
+        ((1, 64, 1, 8, 8), 64, (3, 3, 3), "slower here: the weight is large beside a tensor of fewer than 24 tiles"),
+        ((1, 64, 16, 8, 8), 64, (3, 1, 1), "slower here: 3x1x1 on a contiguous tensor"),
+        ((1, 64, 8, 8, 8), 64, (1, 3, 3), None),
     ],
-    ids=["channels", "tiles", "contiguous", "fast"],
+    ids=["channels", "tiles", "weight", "contiguous", "fast"],
 )
 def test_stands_aside_where_it_is_slower(
     shape: tuple[int, ...], outputs: int, kernel: tuple[int, ...], reason: str | None
