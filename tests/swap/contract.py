@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -179,6 +180,29 @@ def hold_round_trip(model: nn.Module, other: nn.Module, inputs: Inputs) -> None:
     assert swapped_low.dtype == eager_low.dtype
     scale = float(eager.norm())
     assert float((swapped_low - eager).norm()) <= 2 * float((eager_low - eager).norm()) + 2e-3 * scale
+
+
+def hold_saved(
+    model: nn.Module, inputs: Inputs, folder: Path, around: Callable[[nn.Module], nn.Module] = lambda model: model
+) -> None:
+    """A swapped diffusers `model` is saved and loaded as the eager one that it was, and loads what that one saves.
+
+    `around(model)` is called on `inputs` where the model itself takes something else.
+    """
+    kind = type(model.eval())
+    with torch.no_grad():
+        before = sample_of(around(model)(**inputs))
+        fastvdiff.swap_kernels(model).model.save_pretrained(folder / "swapped")
+        loaded = kind.from_pretrained(folder / "swapped").eval()
+        assert type(loaded) is kind
+        assert not any(classes.is_swapped(m) for m in loaded.modules())
+        assert torch.equal(sample_of(around(loaded)(**inputs)), before)
+        _draw_parameters(loaded, 7)
+        loaded.save_pretrained(folder / "eager")
+        model.load_state_dict(kind.from_pretrained(folder / "eager").state_dict())
+        expected, y = sample_of(around(loaded)(**inputs)), sample_of(around(model)(**inputs))
+    assert not torch.allclose(expected, before, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
 def hold_one_time_step(model: nn.Module, inputs: Inputs, name: str) -> None:

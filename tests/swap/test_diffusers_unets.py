@@ -11,7 +11,6 @@ from diffusers import I2VGenXLUNet, UNet3DConditionModel, UNetMotionModel, UNetS
 from torch import nn
 
 import fastvdiff
-from fastvdiff.swap import classes
 from tests.swap import contract
 
 
@@ -113,7 +112,9 @@ def test_training_with_dropout_follows_eager() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [pytest.param(motion, marks=pytest.mark.long), svd], ids=lambda make: getattr(make, "__name__", None)
+    "make",
+    [motion, svd, pytest.param(i2vgen, marks=pytest.mark.long)],
+    ids=lambda make: getattr(make, "__name__", None),
 )
 def test_training_follows_eager(make: Any) -> None:
     inputs = make()[1]
@@ -157,17 +158,14 @@ def test_a_text_that_differs_between_frames_is_not_shared() -> None:
         torch.testing.assert_close(swapped, model(**inputs).sample, rtol=1e-4, atol=1e-4)
 
 
-def test_a_saved_model_loads_without_the_swap(tmp_path: Path) -> None:
-    model, inputs = motion()
-    fastvdiff.swap_kernels(model.eval())
-    model.save_pretrained(tmp_path)
-    loaded = UNetMotionModel.from_pretrained(tmp_path)
-    assert type(loaded) is UNetMotionModel
-    assert not any(classes.is_swapped(m) for m in loaded.modules())
-    for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(**inputs).sample, model(**inputs).sample, rtol=1e-4, atol=1e-4)
+@everywhere
+def test_save_and_load(make: Any, tmp_path: Path) -> None:
+    contract.hold_saved(*make(), tmp_path)
+
+
+@everywhere
+def test_state_dict_pickle_and_autocast(make: Any) -> None:
+    contract.hold_round_trip(make()[0], *make())
 
 
 def test_a_peft_adapter_is_trained_and_counted() -> None:

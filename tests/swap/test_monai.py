@@ -27,19 +27,23 @@ def test_output_every_gradient_keys_and_undo(spatial_dims: int) -> None:
     assert "GroupNorm" not in contract.refusals(report.refused)
 
 
-def test_training_follows_eager() -> None:
-    contract.hold_training(lambda: network(3)[0], network(3)[1], torch.randn(2, 3, *SIZES[3]))
+@pytest.mark.parametrize("spatial_dims", SIZES)
+def test_training_follows_eager(spatial_dims: int) -> None:
+    model, inputs = network(spatial_dims)
+    contract.hold_training(lambda: network(spatial_dims)[0], inputs, torch.randn(model(**inputs).shape))
 
 
-def test_no_graph_break_is_added() -> None:
-    model, inputs = network(3)
+@pytest.mark.parametrize("spatial_dims", SIZES)
+def test_no_graph_break_is_added(spatial_dims: int) -> None:
+    model, inputs = network(spatial_dims)
     fastvdiff.swap_kernels(model.eval())
     with torch.no_grad():
         assert contract.graphs_and_breaks(model, inputs) == (1, 0)
 
 
-def test_save_load_and_autocast() -> None:
-    contract.hold_round_trip(network(3)[0], *network(3))
+@pytest.mark.parametrize("spatial_dims", SIZES)
+def test_save_load_and_autocast(spatial_dims: int) -> None:
+    contract.hold_round_trip(network(spatial_dims)[0], *network(spatial_dims))
 
 
 def test_hooks_on_a_convolution_are_called() -> None:

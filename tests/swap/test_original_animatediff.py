@@ -52,14 +52,17 @@ def test_training_with_dropout_follows_eager(inflated: bool) -> None:
     contract.hold_training(lambda: make()[0], make()[1], torch.randn(2, 4, FRAMES, 6, 7))
 
 
-def test_no_graph_break_is_added() -> None:
-    model, inputs = unet()
+@pytest.mark.parametrize("inflated", [True, False], ids=["v2", "v1"])
+def test_no_graph_break_is_added(inflated: bool) -> None:
+    model, inputs = unet(use_inflated_groupnorm=inflated)
     fastvdiff.swap_kernels(model.eval())
     assert contract.graphs_and_breaks(model, inputs) == (1, 0)
 
 
-def test_save_load_and_autocast() -> None:
-    contract.hold_round_trip(unet()[0], *unet())
+@pytest.mark.parametrize("inflated", [True, False], ids=["v2", "v1"])
+def test_save_load_and_autocast(inflated: bool) -> None:
+    make = partial(unet, use_inflated_groupnorm=inflated)
+    contract.hold_round_trip(make()[0], *make())
 
 
 def test_checkpointed_motion_modules_give_the_same_gradients() -> None:

@@ -108,12 +108,13 @@ def test_no_graph_break_is_added() -> None:
     assert before[1] > 0
     assert contract.graphs_and_breaks(model.mid_temporal_attn, attention) == (1, 0)
     assert contract.graphs_and_breaks(model.mid_block2, resnet) == unbroken == (1, 0)
-    model, inputs = causal()
-    fastvdiff.swap_kernels(model)
-    assert contract.graphs_and_breaks(model, inputs) == (1, 0)
+    for make in (rms, causal):
+        model, inputs = make()
+        fastvdiff.swap_kernels(model)
+        assert contract.graphs_and_breaks(model, inputs) == (1, 0)
 
 
-@pytest.mark.parametrize("make", [groups, causal], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [groups, rms, causal], ids=lambda make: make.__name__)
 def test_save_load_and_autocast(make: Any) -> None:
     model, inputs = make()
     contract.hold_round_trip(model, make()[0], inputs)

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 import fastvdiff
 from fastvdiff.swap import classes
+from tests.swap import contract
 
 
 class Block(nn.Module):
@@ -204,6 +205,11 @@ def test_a_state_dict_goes_round() -> None:
     torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-5)
     model.load_state_dict(other.state_dict())
     torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_training_with_dropout_follows_eager() -> None:
+    x = block()[1]
+    contract.hold_training(lambda: block()[0], {"x": x}, torch.randn(x.shape))
 
 
 def test_autocast_and_compile_in_one_graph() -> None:
