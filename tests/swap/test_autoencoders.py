@@ -113,6 +113,18 @@ def test_output_every_gradient_keys_and_undo(make: Any) -> None:
     assert all(e.why for e in report.refused)
 
 
+@contract.mostly_bfloat16
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(make, marks=pytest.mark.long) if make is mochi else make for make in REPLACED],
+    ids=lambda make: getattr(make, "__name__", None),
+)
+def test_16_bit_weights(make: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, inputs = make()
+    contract.hold(model.eval(), inputs, dtype)
+
+
 def test_channels_last_3d_is_kept_through_a_block() -> None:
     model, _ = hunyuan()
     block = model.vae.encoder.mid_block.resnets[0].eval()

@@ -31,6 +31,11 @@ def test_output_every_gradient_keys_and_undo(options: dict[str, object], batch: 
     assert contract.counts(report) == {"Conv3d": 1}
 
 
+@contract.narrow
+def test_16_bit_weights(dtype: torch.dtype) -> None:
+    contract.hold(network(padding=1), {"input": torch.randn(2, 6, 5, 8, 7)}, dtype)
+
+
 def test_training_follows_eager() -> None:
     x = torch.randn(1, 6, 5, 8, 7)
     contract.hold_training(lambda: network(padding=1), {"input": x}, torch.randn(1, 9, 5, 9, 7), lr=1e-2)

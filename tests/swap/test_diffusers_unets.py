@@ -96,6 +96,17 @@ def test_output_every_gradient_keys_and_undo(make: Any) -> None:
     assert all("not beside a SiLU" in e.why for e in report.refused)
 
 
+@contract.mostly_bfloat16
+@pytest.mark.parametrize(
+    "make",
+    [unet3d, svd, *(pytest.param(make, marks=pytest.mark.long) for make in (motion, i2vgen))],
+    ids=lambda make: getattr(make, "__name__", None),
+)
+def test_16_bit_weights(make: Any, dtype: torch.dtype) -> None:
+    model, inputs = make()
+    contract.hold(model.eval(), inputs, dtype)
+
+
 @pytest.mark.parametrize("make", [motion, svd], ids=lambda make: make.__name__)
 def test_a_model_in_channels_last(make: Any) -> None:
     model, inputs = make()

@@ -39,6 +39,13 @@ def test_output_every_gradient_keys_and_undo(name: str) -> None:
     assert contract.refusals(report.refused) == {"InflatedGroupNorm" if "v2" in name else "GroupNorm": 1}
 
 
+@contract.narrow
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_16_bit_weights(name: str, dtype: torch.dtype) -> None:
+    model, inputs = MAKES[name]()
+    contract.hold(model.eval(), inputs, dtype)
+
+
 def test_one_clip_and_channels_last_frames() -> None:
     model, inputs = unet()
     frames = inputs["sample"].transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)

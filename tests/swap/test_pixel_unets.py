@@ -74,6 +74,14 @@ def test_output_every_gradient_keys_and_undo(make: Any) -> None:
     assert all(e.why for e in report.refused)
 
 
+@contract.narrow
+@pytest.mark.parametrize("make", [groups, rms, causal], ids=lambda make: make.__name__)
+def test_16_bit_weights(make: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doubles_imagen, "EPS_OF_THE_ORACLE", 1e-3)
+    model, inputs = make()
+    contract.hold(model.eval(), inputs, dtype)
+
+
 def test_what_is_left_alone_has_a_reason() -> None:
     refused = fastvdiff.swap_kernels(rms()[0]).refused
     reasons = {e.path: e.why for e in refused}
