@@ -259,21 +259,50 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
         return t
 
 
+def _step(model: nn.Module, inputs: Inputs) -> tuple[int, list[torch.Tensor]]:
+    """The bytes that a training step keeps, and its gradients."""
+    torch.manual_seed(2)
+    with (held := Kept()):
+        loss = sample_of(model(**inputs)).square().mean()
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return held.bytes, [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+
+
 def hold_checkpointing(model: nn.Module, inputs: Inputs) -> None:
     """`gradient_checkpointing=True` keeps less and gives the same gradients, dropout and all."""
-    kept = {}
+    steps = {}
     for checkpointing in (False, True):
         report = fastvdiff.swap_kernels(model.train(), gradient_checkpointing=checkpointing)
-        torch.manual_seed(2)
-        with (held := Kept()):
-            loss = sample_of(model(**inputs)).square().mean()
-        loss.backward()
-        kept[checkpointing] = held.bytes, [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        model.zero_grad()
+        steps[checkpointing] = _step(model, inputs)
         report.undo()
-    assert kept[True][0] < kept[False][0]
-    for a, b in zip(kept[True][1], kept[False][1], strict=True):
+    assert steps[True][0] < steps[False][0]
+    for a, b in zip(steps[True][1], steps[False][1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def hold_own_checkpointing(model: nn.Module, inputs: Inputs, library: nn.Module, before: bool) -> None:
+    """diffusers' own checkpointing of `library`, switched on `before` or after the swap: the same gradients, less kept.
+
+    Undone, the checkpointed gradients are eager's, bit for bit.
+    """
+    library.enable_gradient_checkpointing()
+    eager = _step(model.train(), inputs)[1]
+    if not before:
+        library.disable_gradient_checkpointing()
+    report = fastvdiff.swap_kernels(model)
+    library.enable_gradient_checkpointing()
+    checkpointed = _step(model, inputs)
+    library.disable_gradient_checkpointing()
+    plain = _step(model, inputs)
+    assert checkpointed[0] < 0.6 * plain[0]
+    for a, b in zip(checkpointed[1], plain[1], strict=True):
+        assert torch.equal(a, b)
+    assert not all(torch.equal(a, b) for a, b in zip(plain[1], eager, strict=True))
+    library.enable_gradient_checkpointing()
+    report.undo()
+    for a, b in zip(_step(model, inputs)[1], eager, strict=True):
+        assert torch.equal(a, b)
 
 
 def losses(model: nn.Module, inputs: Inputs, target: torch.Tensor, steps: int = 32, lr: float = 1e-3) -> list[float]:

@@ -158,6 +158,15 @@ def test_state_dict_pickle_and_autocast(make: Any) -> None:
     contract.hold_round_trip(make()[0], *make())
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("make", [hunyuan, cogvideox, ltx, mochi, svd_decoder], ids=lambda make: make.__name__)
+def test_diffusers_own_checkpointing(make: Any, before: bool) -> None:
+    """Wan has none; EasyAnimate's, which keeps frames from call to call, fails in its own forward."""
+    torch.manual_seed(0)
+    model, inputs = make()
+    contract.hold_own_checkpointing(model, inputs, model.vae, before)
+
+
 @pytest.mark.parametrize(
     "make",
     [make if make in SECONDS else pytest.param(make, marks=pytest.mark.long) for make in REPLACED],

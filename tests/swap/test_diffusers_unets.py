@@ -214,6 +214,14 @@ def test_checkpointed_temporal_layers_keep_less_and_give_the_same_gradients() ->
     contract.hold_checkpointing(*unet3d())
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("make", [motion, svd], ids=lambda make: make.__name__)
+def test_diffusers_own_checkpointing(make: Any, before: bool) -> None:
+    """UNet3DConditionModel and I2VGenXLUNet have none."""
+    model, inputs = make()
+    contract.hold_own_checkpointing(model, inputs, model, before)
+
+
 @pytest.mark.long
 def test_more_sequences_than_a_grid_dimension_holds() -> None:
     """65,536 positions and more: attention kernels that put them in one grid dimension fail there."""

@@ -67,14 +67,18 @@ def test_hooks_on_a_convolution_are_called() -> None:
 
 def test_the_library_itself() -> None:
     nets = pytest.importorskip("monai.networks.nets")
-    torch.manual_seed(0)
-    model = nets.DiffusionModelUNet(
-        spatial_dims=3, in_channels=3, out_channels=3, channels=(8, 16), attention_levels=(False, False),
-        num_res_blocks=1, norm_num_groups=4, resblock_updown=True,
-    )  # fmt: skip
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nets.DiffusionModelUNet(
+            spatial_dims=3, in_channels=3, out_channels=3, channels=(8, 16), attention_levels=(False, False),
+            num_res_blocks=1, norm_num_groups=4, resblock_updown=True,
+        )  # fmt: skip
+
     inputs = {"x": torch.randn(2, 3, 8, 8, 8), "timesteps": torch.tensor([7, 500])}
-    report = contract.hold(model.eval(), inputs)
-    assert contract.counts(report)["DiffusionUNetResnetBlock"] >= 6
+    assert contract.counts(contract.hold(make().eval(), inputs))["DiffusionUNetResnetBlock"] >= 6
+    contract.hold_training(make, inputs, torch.randn(2, 3, 8, 8, 8))
+    contract.hold_round_trip(make(), make(), inputs)
 
 
 @pytest.mark.parametrize("spatial_dims", SIZES)
