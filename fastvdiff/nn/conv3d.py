@@ -32,8 +32,9 @@ class Conv3d(nn.Conv3d):
             its state_dict.
         padding: an int, (t, h, w), "same", "valid", or (t0, t1, h0, h1, w0, w1) for different sides: (2, 0, 1, 1, 1, 1)
             is a convolution causal in time.
-        padding_mode: "zeros", "replicate", or one of the two for each dimension (t, h, w), none of which costs a copy;
-            "reflect" and "circular" pad a copy of the input first.
+        padding_mode: "zeros", "replicate", or one of the two for each dimension (t, h, w), which a kernel adds as it
+            reads; without one, as on a CPU, only zeros that are the same on both sides cost no copy. "reflect" and
+            "circular" always pad a copy of the input first.
 
     Raises:
         ValueError: an argument is wrong; the message names it.

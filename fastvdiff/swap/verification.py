@@ -19,16 +19,23 @@ from . import classes
 from .tables import rendered
 
 _DTYPES = tuple(accuracy.FLOORS)
-# A whole network's error is what every layer below has lost, in one draw: beside eager's worst, not tensor by tensor.
-_WHOLE_RATIO = 4.0
+# A whole network's error is what every layer below has lost, which adds up or cancels: beside eager's worst, not
+# tensor by tensor. Over every target and three draws of the parameters no gradient was above 2.9 times eager's worst,
+# and that in an autoencoder on one clip, whose convolutions torch gives to im2col on a CPU, 2 to 3 times as exact as
+# oneDNN, which runs them here, and for two clips in torch too. Video U-Nets needed 1.2, 16-bit weights 2.2.
+WHOLE_RATIO = 3.0
+# The error of one draw is itself drawn: torch's LayerNorm has weight gradients in bfloat16 between 0.5 and 2.1 times as
+# exact with its rows in another order. What does not pass in one draw of the results' gradients is measured over these.
+DRAWS = 8
 
 
 @dataclass
 class Measured:
     """One module, before and after the swap: relative errors against float64, milliseconds and bytes.
 
-    `backward_*` is the largest error of any gradient, inputs and parameters; nan where there is none. Times are medians
-    of one forward, and of one forward and backward. `bytes_*` is the peak of a training step on CUDA; on a CPU, what
+    `backward_*` is the largest error of any gradient, inputs and parameters; nan where there is none. Where one draw of
+    the results' gradients does not pass, an error is the root mean square over several. Times are medians of one
+    forward, and of one forward and backward. `bytes_*` is the peak of a training step on CUDA; on a CPU, what
     autograd keeps for the backward.
     """
 
@@ -136,25 +143,14 @@ def _twins(module: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 def _measure(path: str, module: nn.Module, call: _Call, seconds: float) -> Measured:
     eager, swapped = _twins(module)
-    wide = copy.deepcopy(eager).double()
-    exact = _values(wide, _Call(*tree_map(_widened, (call.args, call.kwargs))))
-    before, after = _values(eager, call), _values(swapped, call)
-    dtype = next((t.dtype for t in before.values() if t.dtype in _DTYPES), torch.float32)
-    largest = max((float(t.norm()) for name, t in exact.items() if name.startswith("gradient")), default=0.0)
-    pairs: dict[bool, dict[str, tuple[float, float]]] = {False: {}, True: {}}
-    for name, oracle in exact.items():
-        gradient = name.startswith("gradient")
-        least = accuracy.GRADIENT_SCALE * largest if gradient else 0.0
-        pairs[gradient][name] = tuple(accuracy.relative_error(found[name], oracle, least) for found in (before, after))
-    failures = []
-    for ratio, errors in ((accuracy.FORWARD_RATIO, pairs[False]), (accuracy.GRADIENT_RATIO, pairs[True])):
-        worst = max((e[0] for e in errors.values()), default=0.0)
-        for name, (plain, error) in errors.items():
-            allowed = accuracy.limit(plain, dtype, ratio) if path else accuracy.limit(worst, dtype, _WHOLE_RATIO)
-            if not error <= allowed:  # a NaN fails too
-                failures.append(f"{name}: {error:.1e} > {allowed:.1e}")
+    dtype, drawn = _errors(eager, swapped, call, 0)
+    errors, failures = drawn, _failures(drawn, dtype, whole=not path)
+    if failures:
+        errors = root_mean_square([drawn, *(_errors(eager, swapped, call, seed)[1] for seed in range(1, DRAWS))])
+        failures = _failures(errors, dtype, whole=not path)
     forward, backward = (
-        tuple(max((e[i] for e in pairs[g].values()), default=math.nan) for i in (0, 1)) for g in (False, True)
+        tuple(max((e[i] for name, e in errors.items() if _is_gradient(name) == g), default=math.nan) for i in (0, 1))
+        for g in (False, True)
     )
     runs = [(_forward(m, call), _training(m, call)) for m in (eager, swapped)]
     times = [race(*pair, seconds, least=3) if seconds else (math.nan, math.nan) for pair in zip(*runs, strict=True)]
@@ -162,6 +158,47 @@ def _measure(path: str, module: nn.Module, call: _Call, seconds: float) -> Measu
     on_cuda = any(isinstance(value, torch.Tensor) and value.is_cuda for value in values)
     kept = tuple(_kept(training, on_cuda) for _, training in runs)
     return Measured(path, type(module).__name__, *forward, *backward, *times, kept, failures)
+
+
+def _errors(
+    eager: nn.Module, swapped: nn.Module, call: _Call, seed: int
+) -> tuple[torch.dtype, dict[str, tuple[float, float]]]:
+    """The dtype computed in, and (eager's error, the swapped module's) of every output and gradient, by name."""
+    wide = copy.deepcopy(eager).double()
+    exact = _values(wide, _Call(*tree_map(_widened, (call.args, call.kwargs))), seed)
+    before, after = _values(eager, call, seed), _values(swapped, call, seed)
+    dtype = next((t.dtype for t in before.values() if t.dtype in _DTYPES), torch.float32)
+    largest = max((float(t.norm()) for name, t in exact.items() if _is_gradient(name)), default=0.0)
+    least = {True: accuracy.GRADIENT_SCALE * largest, False: 0.0}
+    return dtype, {
+        name: tuple(accuracy.relative_error(found[name], t, least[_is_gradient(name)]) for found in (before, after))
+        for name, t in exact.items()
+    }
+
+
+def _failures(errors: dict[str, tuple[float, float]], dtype: torch.dtype, whole: bool) -> list[str]:
+    worst = {
+        g: max((e[0] for name, e in errors.items() if _is_gradient(name) == g), default=0.0) for g in (False, True)
+    }
+    failures = []
+    for name, (plain, error) in errors.items():
+        ratio = accuracy.GRADIENT_RATIO if _is_gradient(name) else accuracy.FORWARD_RATIO
+        allowed = accuracy.limit(*((worst[_is_gradient(name)], dtype, WHOLE_RATIO) if whole else (plain, dtype, ratio)))
+        if not error <= allowed:  # a NaN fails too
+            failures.append(f"{name}: {error:.1e} > {allowed:.1e}")
+    return failures
+
+
+def _is_gradient(name: str) -> bool:
+    return name.startswith("gradient")
+
+
+def root_mean_square(drawn: list[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """By name, eager's and the other's error over several draws of the same call."""
+    return {
+        name: tuple(math.sqrt(sum(errors[name][i] ** 2 for errors in drawn) / len(drawn)) for i in (0, 1))
+        for name in drawn[0]
+    }
 
 
 def _widened(value: Any) -> Any:
@@ -202,8 +239,8 @@ def _outputs(result: Any) -> list[torch.Tensor]:
     return [t for t in values if isinstance(t, torch.Tensor)]
 
 
-def _values(module: nn.Module, call: _Call) -> dict[str, torch.Tensor]:
-    """Outputs, with and without a gradient recorded, and gradients of one call, by name."""
+def _values(module: nn.Module, call: _Call, seed: int) -> dict[str, torch.Tensor]:
+    """Outputs, with and without a gradient recorded, and gradients of one call, by name; `seed` draws the latter."""
     with torch.no_grad():
         inference = {f"inference output {i}": y for i, y in enumerate(_outputs(_run(module, call)))}
     call, leaves = _leaves(call)
@@ -214,14 +251,15 @@ def _values(module: nn.Module, call: _Call) -> dict[str, torch.Tensor]:
         heads = [y for y in outputs if y.requires_grad]
         if not heads or not leaves:
             return named
-        grads = torch.autograd.grad(heads, list(leaves.values()), _cotangents(heads), allow_unused=True)
+        grads = torch.autograd.grad(heads, list(leaves.values()), _cotangents(heads, seed), allow_unused=True)
     zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(leaves.values(), grads, strict=True))
     return named | {f"gradient of {name}": g for name, g in zip(leaves, zeros, strict=True)}
 
 
-def _cotangents(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+def _cotangents(outputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
     """The same numbers in every dtype: rounded to bfloat16 first."""
-    draws = (torch.randn(y.shape, generator=torch.Generator().manual_seed(i)) for i, y in enumerate(outputs))
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.randn(y.shape, generator=generator) for y in outputs]
     return [d.to(torch.bfloat16).to(y.device, y.dtype) for d, y in zip(draws, outputs, strict=True)]
 
 

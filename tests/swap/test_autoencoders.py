@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -99,13 +100,29 @@ REPLACED = {
 }
 
 
-@pytest.mark.parametrize("make", REPLACED, ids=lambda make: make.__name__)
+everywhere = pytest.mark.parametrize("make", REPLACED, ids=lambda make: make.__name__)
+SECONDS = (ltx, svd_decoder)  # to trace; the others take 8 to 20
+
+
+@everywhere
 def test_output_every_gradient_keys_and_undo(make: Any) -> None:
     torch.manual_seed(0)
     model, inputs = make()
     report = contract.hold(model.eval(), inputs)
     assert {e.what for e in report.replaced} == REPLACED[make]
     assert all(e.why for e in report.refused)
+
+
+@contract.mostly_bfloat16
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(make, marks=pytest.mark.long) if make is mochi else make for make in REPLACED],
+    ids=lambda make: getattr(make, "__name__", None),
+)
+def test_16_bit_weights(make: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, inputs = make()
+    contract.hold(model.eval(), inputs, dtype)
 
 
 def test_channels_last_3d_is_kept_through_a_block() -> None:
@@ -117,9 +134,45 @@ def test_channels_last_3d_is_kept_through_a_block() -> None:
         assert block(x).is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def test_training_follows_eager() -> None:
-    def make() -> nn.Module:
+@everywhere
+def test_training_follows_eager(make: Any) -> None:
+    def model() -> nn.Module:
         torch.manual_seed(0)
-        return svd_decoder()[0]
+        return make()[0]
 
-    contract.hold_training(make, svd_decoder()[1], torch.randn(3, 3, 8, 8), lr=3e-3)
+    torch.manual_seed(1)
+    inputs = make()[1]
+    contract.hold_training(model, inputs, torch.randn(contract.sample_of(model()(**inputs)).shape))
+
+
+@everywhere
+def test_save_and_load(make: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole, inputs = make()
+    contract.hold_saved(whole.vae, inputs, tmp_path, lambda vae: Whole(vae, whole.decoding))
+
+
+@everywhere
+def test_state_dict_pickle_and_autocast(make: Any) -> None:
+    torch.manual_seed(0)
+    contract.hold_round_trip(make()[0], *make())
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("make", [hunyuan, cogvideox, ltx, mochi, svd_decoder], ids=lambda make: make.__name__)
+def test_diffusers_own_checkpointing(make: Any, before: bool) -> None:
+    """Wan has none; EasyAnimate's, which keeps frames from call to call, fails in its own forward."""
+    torch.manual_seed(0)
+    model, inputs = make()
+    contract.hold_own_checkpointing(model, inputs, model.vae, before)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [make if make in SECONDS else pytest.param(make, marks=pytest.mark.long) for make in REPLACED],
+    ids=lambda make: getattr(make, "__name__", None),
+)
+def test_no_graph_break_is_added(make: Any) -> None:
+    model, inputs = make()
+    fastvdiff.swap_kernels(model.eval())
+    assert contract.graphs_and_breaks(model, inputs) == (1, 0)

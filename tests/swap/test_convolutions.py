@@ -31,6 +31,26 @@ def test_output_every_gradient_keys_and_undo(options: dict[str, object], batch: 
     assert contract.counts(report) == {"Conv3d": 1}
 
 
+@contract.narrow
+def test_16_bit_weights(dtype: torch.dtype) -> None:
+    contract.hold(network(padding=1), {"input": torch.randn(2, 6, 5, 8, 7)}, dtype)
+
+
+def test_training_follows_eager() -> None:
+    x = torch.randn(1, 6, 5, 8, 7)
+    contract.hold_training(lambda: network(padding=1), {"input": x}, torch.randn(1, 9, 5, 9, 7), lr=1e-2)
+
+
+def test_save_load_and_autocast() -> None:
+    contract.hold_round_trip(network(padding=1), network(padding=1), {"input": torch.randn(1, 6, 5, 8, 7)})
+
+
+def test_no_graph_break_is_added() -> None:
+    conv = network(padding=1)
+    fastvdiff.swap_kernels(conv)
+    assert contract.graphs_and_breaks(conv, {"input": torch.randn(1, 6, 5, 8, 7)}) == (1, 0)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """The dtypes of the clips that reach the op."""

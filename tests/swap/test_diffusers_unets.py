@@ -11,7 +11,6 @@ from diffusers import I2VGenXLUNet, UNet3DConditionModel, UNetMotionModel, UNetS
 from torch import nn
 
 import fastvdiff
-from fastvdiff.swap import classes
 from tests.swap import contract
 
 
@@ -97,6 +96,17 @@ def test_output_every_gradient_keys_and_undo(make: Any) -> None:
     assert all("not beside a SiLU" in e.why for e in report.refused)
 
 
+@contract.mostly_bfloat16
+@pytest.mark.parametrize(
+    "make",
+    [unet3d, svd, *(pytest.param(make, marks=pytest.mark.long) for make in (motion, i2vgen))],
+    ids=lambda make: getattr(make, "__name__", None),
+)
+def test_16_bit_weights(make: Any, dtype: torch.dtype) -> None:
+    model, inputs = make()
+    contract.hold(model.eval(), inputs, dtype)
+
+
 @pytest.mark.parametrize("make", [motion, svd], ids=lambda make: make.__name__)
 def test_a_model_in_channels_last(make: Any) -> None:
     model, inputs = make()
@@ -113,7 +123,9 @@ def test_training_with_dropout_follows_eager() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [pytest.param(motion, marks=pytest.mark.long), svd], ids=lambda make: getattr(make, "__name__", None)
+    "make",
+    [motion, svd, pytest.param(i2vgen, marks=pytest.mark.long)],
+    ids=lambda make: getattr(make, "__name__", None),
 )
 def test_training_follows_eager(make: Any) -> None:
     inputs = make()[1]
@@ -157,17 +169,14 @@ def test_a_text_that_differs_between_frames_is_not_shared() -> None:
         torch.testing.assert_close(swapped, model(**inputs).sample, rtol=1e-4, atol=1e-4)
 
 
-def test_a_saved_model_loads_without_the_swap(tmp_path: Path) -> None:
-    model, inputs = motion()
-    fastvdiff.swap_kernels(model.eval())
-    model.save_pretrained(tmp_path)
-    loaded = UNetMotionModel.from_pretrained(tmp_path)
-    assert type(loaded) is UNetMotionModel
-    assert not any(classes.is_swapped(m) for m in loaded.modules())
-    for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(**inputs).sample, model(**inputs).sample, rtol=1e-4, atol=1e-4)
+@everywhere
+def test_save_and_load(make: Any, tmp_path: Path) -> None:
+    contract.hold_saved(*make(), tmp_path)
+
+
+@everywhere
+def test_state_dict_pickle_and_autocast(make: Any) -> None:
+    contract.hold_round_trip(make()[0], *make())
 
 
 def test_a_peft_adapter_is_trained_and_counted() -> None:
@@ -203,6 +212,14 @@ def test_a_lora_layer_inside_a_block_is_called() -> None:
 
 def test_checkpointed_temporal_layers_keep_less_and_give_the_same_gradients() -> None:
     contract.hold_checkpointing(*unet3d())
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("make", [motion, svd], ids=lambda make: make.__name__)
+def test_diffusers_own_checkpointing(make: Any, before: bool) -> None:
+    """UNet3DConditionModel and I2VGenXLUNet have none."""
+    model, inputs = make()
+    contract.hold_own_checkpointing(model, inputs, model, before)
 
 
 @pytest.mark.long

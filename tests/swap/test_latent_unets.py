@@ -77,6 +77,13 @@ def test_output_every_gradient_keys_and_undo(name: str) -> None:
     assert contract.refusals(report.refused) == ({} if replaced is SGM else {"GroupNorm": 1})
 
 
+@contract.mostly_bfloat16
+@pytest.mark.parametrize("name", ["lvdm temporal convolutions", "sgm", "modelscope"])
+def test_16_bit_weights(name: str, dtype: torch.dtype) -> None:
+    model, inputs = MAKES[name][0]()
+    contract.hold(model.eval(), inputs, dtype)
+
+
 def test_learned_relative_positions_are_left_alone_with_the_rest_swapped() -> None:
     model, inputs = lvdm(transformer={"relative_position": True})
     report = contract.hold(model.eval(), inputs)

@@ -39,6 +39,13 @@ def test_output_every_gradient_keys_and_undo(name: str) -> None:
     assert contract.refusals(report.refused) == {"InflatedGroupNorm" if "v2" in name else "GroupNorm": 1}
 
 
+@contract.narrow
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_16_bit_weights(name: str, dtype: torch.dtype) -> None:
+    model, inputs = MAKES[name]()
+    contract.hold(model.eval(), inputs, dtype)
+
+
 def test_one_clip_and_channels_last_frames() -> None:
     model, inputs = unet()
     frames = inputs["sample"].transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -52,14 +59,17 @@ def test_training_with_dropout_follows_eager(inflated: bool) -> None:
     contract.hold_training(lambda: make()[0], make()[1], torch.randn(2, 4, FRAMES, 6, 7))
 
 
-def test_no_graph_break_is_added() -> None:
-    model, inputs = unet()
+@pytest.mark.parametrize("inflated", [True, False], ids=["v2", "v1"])
+def test_no_graph_break_is_added(inflated: bool) -> None:
+    model, inputs = unet(use_inflated_groupnorm=inflated)
     fastvdiff.swap_kernels(model.eval())
     assert contract.graphs_and_breaks(model, inputs) == (1, 0)
 
 
-def test_save_load_and_autocast() -> None:
-    contract.hold_round_trip(unet()[0], *unet())
+@pytest.mark.parametrize("inflated", [True, False], ids=["v2", "v1"])
+def test_save_load_and_autocast(inflated: bool) -> None:
+    make = partial(unet, use_inflated_groupnorm=inflated)
+    contract.hold_round_trip(make()[0], *make())
 
 
 def test_checkpointed_motion_modules_give_the_same_gradients() -> None:

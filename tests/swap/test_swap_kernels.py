@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import fastvdiff
-from fastvdiff.swap import classes
+from fastvdiff.swap import classes, verification
+from tests.swap import contract
 
 
 class Block(nn.Module):
@@ -66,6 +67,12 @@ def test_the_same_parameters_keys_classes_and_paths() -> None:
     assert [type(m).__qualname__ for m in model.modules()] == [kind.__qualname__ for kind in kinds]
 
 
+@contract.narrow
+def test_16_bit_weights(dtype: torch.dtype) -> None:
+    model, x = block()
+    contract.hold(model.body.eval(), {"input": x}, dtype)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 def test_dropout_draws_the_same_random_numbers_and_undo_is_bitwise(memory_format: torch.memory_format) -> None:
     model, x = block()
@@ -102,6 +109,18 @@ def test_verify_catches_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     found = report.verify(x, seconds=0.0)
     assert not found.passed
     assert [m.path for m in found.modules if m.failures] == ["body", ""]
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_what_fails_in_one_draw_is_measured_over_several(always: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice eager's error: by chance in the first draw, or in all of them."""
+    monkeypatch.setattr(
+        verification, "_errors",
+        lambda eager, swapped, call, seed: (torch.float32, {"gradient": (1e-5, 2e-5 if always or seed == 0 else 1e-5)}),
+    )  # fmt: skip
+    model, x = block()
+    found = fastvdiff.swap_kernels(model.body).verify(x, seconds=0.0)
+    assert all(bool(m.failures) == always for m in found.modules if m.path)
 
 
 def test_hooks_inside_a_swapped_module_still_run() -> None:
@@ -204,6 +223,11 @@ def test_a_state_dict_goes_round() -> None:
     torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-5)
     model.load_state_dict(other.state_dict())
     torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_training_with_dropout_follows_eager() -> None:
+    x = block()[1]
+    contract.hold_training(lambda: block()[0], {"x": x}, torch.randn(x.shape))
 
 
 def test_autocast_and_compile_in_one_graph() -> None:

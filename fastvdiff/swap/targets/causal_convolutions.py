@@ -1,4 +1,9 @@
-"""Causal 3-D convolutions of diffusers' video autoencoders: the padding is the convolution's own, without a copy."""
+"""Causal 3-D convolutions of diffusers' video autoencoders: the padding is an argument of the convolution.
+
+A kernel pads as it reads. Without one, as on every CPU, conv3d pads in a copy like eager's, and this is taken all the
+same: 1.7 to 3.3 times as fast on one clip of 5 frames, where torch alone takes im2col, and for EasyAnimate's frame by
+frame; elsewhere the same within the spread of the times.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from torch import nn
 from fastvdiff import ops
 from fastvdiff.swap.target import Target, eager_class, register, untouched
 
-_WHAT = "padding inside the convolution"
+_WHAT = "padding and convolution in one call"
 _CHUNKED_BYTES = 2 * 1024**3  # CogVideoXSafeConv3d's own limit: beyond it, it works in parts
 
 
@@ -125,6 +130,6 @@ register(
     Target(("CogVideoXCausalConv3d",), _WHAT, _check_inner("time_kernel_size", "pad_mode", "height_pad"), _cogvideox),
     Target(("WanCausalConv3d", "QwenImageCausalConv3d"), _WHAT, _check_wan, _wan),
     Target(("LTXVideoCausalConv3d", "LTX2VideoCausalConv3d"), _WHAT, _check_inner("kernel_size"), _ltx),
-    Target(("EasyAnimateCausalConv3d",), "all frames in one convolution, padding inside it", _check_easyanimate,
+    Target(("EasyAnimateCausalConv3d",), "all frames and their padding in one call", _check_easyanimate,
            _easyanimate),
 )  # fmt: skip

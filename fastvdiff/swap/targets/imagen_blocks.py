@@ -45,7 +45,11 @@ def _normed(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     known = type(norm).__name__ == "LayerNorm" and untouched(norm) and not getattr(norm, "stable", True)
     if not known or norm.g.dtype != x.dtype:
         return norm(x)
+    # As the library: in float64 too, so that float32's error against float64 is that of another eps, swapped or not.
     eps = 1e-5 if x.dtype == torch.float32 else 1e-3
+    if x.device.type == "cpu" and x.dtype != torch.float32:
+        # torch sums a LayerNorm's weight gradient in 16 bits on a CPU, the library's product in 32.
+        return F.layer_norm(x, x.shape[-1:], None, None, eps) * norm.g
     return F.layer_norm(x, x.shape[-1:], norm.g, None, eps)
 
 

@@ -2,7 +2,8 @@
 
 diffusers' video U-Nets fold frames into the batch and repeat the text for each. The network's own forward says how many
 frames there are, for the time of its call; the attentions inside it then take one row of text for all of them, and put
-the frames' queries side by side. Without a gradient only: a checkpointed block runs again after that time.
+the frames' queries side by side. Without a gradient only: a checkpointed block runs again after that time; and not
+under torch.compile.
 """
 
 from __future__ import annotations
