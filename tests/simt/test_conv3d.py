@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastvdiff.native import norm_silu_conv3d_cuda
 from fastvdiff.reference import conv3d as reference
 from tests.closeness import GRADIENT_RATIO, GRADIENT_SCALE, assert_close
 from tests.ops.test_conv3d import eager, hold_statistics, laid_out, run
@@ -226,6 +227,28 @@ def hold_prefix_as_it_is(build: str = "ordinary") -> None:
 
 def test_a_prefix_is_not_activated() -> None:
     hold_prefix_as_it_is()
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("frames", [(3, 1), (1, 3), None], ids=str)
+def test_table_of_a_prologue(frames: tuple[int, int] | None, build: str) -> None:
+    """The factor and the term of a norm of known statistics, its affine map and a modulation."""
+    x, eps = torch.empty((2, 100, 3, 4, 5)), 1e-3
+    weight, bias = (torch.randn(100), torch.randn(100)) if frames else (None, None)
+    scale, shift = (
+        (torch.randn(2, 100, n) if n > 1 else torch.randn(2, 100) for n in frames) if frames else (None, None)
+    )
+    stats = torch.stack((torch.randn(2, 5), torch.rand(2, 5) * 1200 + 1), -1)
+    with shim(build):
+        table = norm_silu_conv3d_cuda._table(x, 5, weight, bias, eps, stats, scale, shift)
+    mean, squares = stats.double().repeat_interleave(20, 1)[:, None].unbind(-1)
+    factor = (squares / (20 * 60) + eps).rsqrt() * (1.0 if weight is None else weight.double())
+    term = (0.0 if bias is None else bias.double()) - mean * factor
+    if scale is not None and shift is not None:
+        along = [t.double().reshape(2, 100, -1).transpose(1, 2) for t in (scale, shift)]
+        factor, term = factor * (1 + along[0]), term * (1 + along[0]) + along[1]
+    expected = torch.stack(torch.broadcast_tensors(factor, term), -1)
+    torch.testing.assert_close(table.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 WATCHED = pytest.mark.parametrize("build", ["races", "sanitized"])
