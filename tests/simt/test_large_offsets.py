@@ -88,6 +88,8 @@ def norms(impl: str, x: torch.Tensor, grad: torch.Tensor, arguments: dict[str, A
 SAMPLES, POSITIONS = (2**31, 1, 256, 64, 16), (16, 1, 2**30 + 2**28, 2**28 + 2**26, 2**26 + 2**24)
 
 
+# Modulated by frame, work begins far off; by sample, it reaches there. Likewise a cluster's 8 blocks, or its only one.
+@pytest.mark.parametrize(("form", "multiprocessors"), [("frame", 64), ("sample", 1)], ids=("frames", "whole samples"))
 @pytest.mark.parametrize(
     ("impl", "strides"),
     [
@@ -101,13 +103,14 @@ SAMPLES, POSITIONS = (2**31, 1, 256, 64, 16), (16, 1, 2**30 + 2**28, 2**28 + 2**
     ids=("samples", "samples, contiguous", "positions", "channels", "clusters, samples", "clusters, positions"),
 )
 def test_group_norm_silu(
-    on_shim: Library, impl: str, strides: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    on_shim: Library, impl: str, strides: tuple[int, ...], form: str, multiprocessors: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Forward and every gradient."""
-    on_shim.multiprocessors = 64
+    on_shim.multiprocessors = multiprocessors
     memory_format = torch.channels_last_3d if strides[1] == 1 else torch.contiguous_format
     x, grad = (torch.randn(2, 16, 2, 4, 4).bfloat16().contiguous(memory_format=memory_format) for _ in range(2))
-    arguments = parameters(x, "frame")
+    arguments = parameters(x, form)
     near = norms(impl, x, grad, arguments)
     on_shim.cuts.clear()
     plain_like = torch.empty_like
@@ -116,6 +119,7 @@ def test_group_norm_silu(
         lambda t, **named: spread(torch.full_like(t, torch.nan), strides) if t.dim() == 5 else plain_like(t, **named),
     )  # fmt: skip
     far = norms(impl, spread(x, strides), spread(grad, strides), arguments)
-    assert bool(on_shim.cuts) == (impl == "cuda_sm90")
+    if impl == "cuda_sm90":
+        assert {ranks for _, ranks in on_shim.cuts} == {1 if form == "sample" else 8}
     assert far[0].stride() == far[1].stride() == strides
     assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
