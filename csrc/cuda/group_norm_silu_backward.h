@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBackward)
 constexpr int kGroupRows = 16;  // of 32 threads, a thread for each of 32 channels
 
 // Of one group of one sample: the two means that dx needs, the gradients of scale and shift, shares of the rest.
-__global__ void __launch_bounds__(32 * kGroupRows)
+__global__ void __launch_bounds__(32 * kGroupRows, 1)  // without the 1, 64 registers and spills on sm_120
     group_norm_silu_backward_groups(const GroupNormSiluParams p, const Sums sums) {
   enum { kGain, kGainXhat, kWeight, kBias, kScale, kShift, kTotals };
   FASTVDIFF_SHARED(float, scratch, kTotals * kGroupRows * 32);

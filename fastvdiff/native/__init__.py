@@ -33,14 +33,14 @@ def library() -> ModuleType:
     sources = Path(__file__).resolve().parents[2] / "csrc"
     if (sources / "bindings.cpp").is_file() and _boundary_hash(sources) != _C.boundary_hash:
         raise ImportError(
-            "fastvdiff's compiled kernels are older than csrc/include or csrc/bindings.cpp; rebuild: pip install -e ."
+            "fastvdiff's compiled kernels are older than csrc/include or csrc/bindings*; rebuild: pip install -e ."
         )
     return _C
 
 
 def _boundary_hash(sources: Path) -> str:
     """The hash that CMakeLists.txt compiles into the module, over the boundary's files in path order."""
-    paths = sorted([*(sources / "include" / "fastvdiff").glob("*.h"), sources / "bindings.cpp"])
+    paths = sorted([*(sources / "include" / "fastvdiff").glob("*.h"), *sources.glob("bindings*")])
     digests = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
     return hashlib.sha256(digests.encode()).hexdigest()
 

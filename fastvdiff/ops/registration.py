@@ -217,7 +217,13 @@ def _no_clusters_on_this() -> str | None:
     major, minor = torch.cuda.get_device_capability()
     if major not in (9, 10):
         return f"runs on compute capability 9.0 and 10.0, not {major}.{minor}"
-    return _not_built_for(major, minor, least=90)
+    if _not_built_for(major, minor) is None and _not_built_for(major, minor, least=90) is not None:
+        built = ", ".join(importlib.import_module(_NATIVE).cuda_architectures())
+        return (
+            f"built for {built}: no code with clusters for compute capability {major}.{minor};"
+            f' rebuild: CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=80;{major}{minor}a-real" pip install -e .'
+        )
+    return _not_built_for(major, minor)
 
 
 def _not_sm90a() -> str | None:

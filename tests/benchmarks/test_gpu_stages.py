@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,41 @@ def test_stages_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert {"--no-build-isolation", "--no-deps"} < set(build.command)
     with pytest.raises(SystemExit):
         gpu.main(["everything"])
+
+
+def gpu_tests() -> dict[str, str]:
+    """Name -> source of every test of a file that is marked `gpu` as a whole."""
+    found = {}
+    for path in sorted((ROOT / "tests").rglob("test_*_gpu.py")):
+        text = path.read_text()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                found[f"{path.name}::{node.name}"] = ast.get_source_segment(text, node) or ""
+    return found
+
+
+def test_what_the_sanitizers_cannot_run_says_so_in_its_name() -> None:
+    """Graphs need an allocator that they run without, gigabytes take them hours."""
+    for name, source in gpu_tests().items():
+        assert ("graph" in name) >= ("cuda.graph(" in source), name
+        assert ("large" in name) >= ("2**31" in source), name
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("test_group_norm_silu_gpu.py", 'impl="cuda_sm90"'),
+        ("test_conv3d_gpu.py", "needs_sm90()"),
+        ("test_conv3d_gpu.py", "stats_groups"),
+        ("test_conv3d_gpu.py", "norm_silu_conv3d"),
+        ("test_conv3d_gpu.py", "prefix=prefix"),
+    ],
+)
+def test_the_sanitizers_see(file: str, what: str) -> None:
+    """Kernels that run only where they are named, and what changes a kernel's path."""
+    assert gpu._SMALL == "not large and not graph"
+    chosen = [name for name, source in gpu_tests().items() if name.startswith(file) and what in source]
+    assert [name for name in chosen if "large" not in name and "graph" not in name]
 
 
 def collected(*options: str) -> subprocess.CompletedProcess[str]:

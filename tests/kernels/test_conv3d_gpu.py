@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastvdiff import native
-from fastvdiff.ops import conv3d, norm_silu_conv3d
+from fastvdiff.ops import conv3d, norm_silu_conv3d, registration
 from fastvdiff.reference.conv3d import moments
 from tests.closeness import hold
 
@@ -165,14 +165,34 @@ def test_the_forward_allocates_its_result_and_nothing_else() -> None:
         assert torch.cuda.max_memory_allocated() - before <= y.numel() * y.element_size() + 1024
 
 
-def test_past_2_31_elements() -> None:
-    """The last frames of the second sample, where a 32-bit offset has wrapped, against a small call on them alone."""
+def needs_sm90() -> None:
+    """Skip where the kernel for capability 9.0 does not run."""
+    reason = registration._not_sm90a()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("impl", ["cuda", "cuda_sm90"])
+def test_large_offsets(impl: str) -> None:
+    """The last frames of the second sample, where a 32-bit offset has wrapped, against a small call on them alone.
+
+    Of the cotangent only they are not zero, so the weight's gradient is theirs too. 20 GB: x, y and their gradients.
+    """
+    if impl == "cuda_sm90":
+        needs_sm90()
     x = torch.empty((2, 64, 16, 1024, 1040), device="cuda", dtype=torch.bfloat16, memory_format=LAST).normal_()
-    weight = torch.randn(64, 64, 3, 1, 1, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=LAST)
+    weight = torch.randn(64, 64, 3, 1, 1, device="cuda", requires_grad=True)
     assert x.numel() > 2**31
-    y = conv3d(x, weight, padding="valid", impl="cuda")
-    part = x[1:, :, 13:]
-    torch.testing.assert_close(y[1:, :, 13:], conv3d(part, weight, impl="cuda"), rtol=0, atol=0)
+    part = x[1:, :, 12:].clone(memory_format=LAST).requires_grad_()
+    y, near = (conv3d(t.requires_grad_(), weight, padding="same", impl=impl) for t in (x, part))
+    assert torch.equal(y[1:, :, 13:], near[:, :, 1:])
+    grad = torch.zeros_like(y)
+    grad[1:, :, 13:].normal_()
+    near_grad = grad[1:, :, 12:].clone(memory_format=LAST)
+    dx, dweight = torch.autograd.grad(y, (x, weight), grad)
+    near_dx, near_dweight = torch.autograd.grad(near, (part, weight), near_grad)
+    assert torch.equal(dx[1:, :, 12:], near_dx)
+    assert (dweight - near_dweight).norm() <= 1e-4 * near_dweight.norm()
 
 
 # (B, C, T, H, W), C_out, kernel, further arguments
@@ -188,24 +208,36 @@ WARPGROUP = {
 }
 
 
-@pytest.mark.parametrize("case", WARPGROUP)
-def test_warpgroups(case: str) -> None:
-    """Against float64, the same bits 100 times and from a graph."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs compute capability 9.0")
+def warpgroup_call(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A case's leaves and its other arguments."""
     shape, outputs, kernel, more = WARPGROUP[case]
     leaves = drawn(shape, outputs, kernel)
     if "stride" in more:
         del leaves["residual"], leaves["channel_bias"]
-    options = {"padding": "same", **more, "impl": "cuda_sm90"}
+    return leaves, {"padding": "same", **more, "impl": "cuda_sm90"}
+
+
+@pytest.mark.parametrize("case", WARPGROUP)
+def test_graph_capture_of_warpgroups(case: str) -> None:
+    needs_sm90()
+    leaves, options = warpgroup_call(case)
+    with torch.no_grad():
+        first = conv3d(**leaves, **options)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = conv3d(**leaves, **options)
+    graph.replay()
+    assert torch.equal(captured, first)
+
+
+@pytest.mark.parametrize("case", WARPGROUP)
+def test_warpgroups(case: str) -> None:
+    """Against float64, and the same bits 100 times."""
+    needs_sm90()
+    leaves, options = warpgroup_call(case)
     first = conv3d(**leaves, **options)
     for _ in range(100):
         assert torch.equal(conv3d(**leaves, **options), first)
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        captured = conv3d(**leaves, **options)
-    graph.replay()
-    assert torch.equal(captured, first)
     x, weight = leaves.pop("x"), leaves.pop("weight")
     hold(conv3d, x, weight, **options, dtype=x.dtype, seed=2**17, **leaves,
          baseline=lambda *a, **k: conv3d(*a, **k, impl="reference"))  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastvdiff import native
-from fastvdiff.ops import group_norm_silu
+from fastvdiff.ops import group_norm_silu, registration
 from tests.closeness import hold
 
 pytestmark = pytest.mark.gpu
@@ -137,7 +137,7 @@ def test_never_synchronises(impl: str, shape: tuple[int, ...], format: torch.mem
 
 
 @FORMATS
-def test_past_2_31_elements(impl: str, format: torch.memory_format) -> None:
+def test_large_offsets(impl: str, format: torch.memory_format) -> None:
     """The last group of the second sample, where a 32-bit offset has wrapped, against a small call on it alone."""
     shape = (2, 64, 16, 1024, 1040)
     x = torch.empty(shape, device="cuda", dtype=torch.bfloat16, memory_format=format).normal_()
@@ -169,13 +169,17 @@ def test_activation_at_the_ends(impl: str, format: torch.memory_format) -> None:
     torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-6, atol=1e-35)
 
 
+@pytest.fixture
+def _clusters() -> None:
+    reason = registration._no_clusters_on_this()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("_clusters")
 @pytest.mark.parametrize("case", RESIDENT)
 def test_clusters(case: str) -> None:
-    """Full size against float64, the same bits 100 times and from a graph, without a wait."""
-    if torch.cuda.get_device_capability()[0] not in (9, 10):
-        pytest.skip("clusters need compute capability 9.0 or 10.0")
-    if not native.runs_on(torch.cuda.get_device_capability()):
-        pytest.skip("this build has no CUDA kernels for this device")
+    """Full size against float64, and the same bits again without a wait."""
     shape, groups = RESIDENT[case]
     leaves = drawn(shape, torch.channels_last_3d)
     grad = torch.randn_like(leaves["x"])
@@ -183,11 +187,47 @@ def test_clusters(case: str) -> None:
     with no_synchronisation():
         again = [run("cuda_sm90", leaves, groups, grad) for _ in range(3)]
     assert all(torch.equal(a, b) for run_again in again for a, b in zip(run_again, first, strict=True))
+    x = leaves.pop("x")
+    hold(group_norm_silu, x, groups, impl="cuda_sm90", dtype=x.dtype, seed=2**17, **leaves)
+
+
+@pytest.mark.usefixtures("_clusters")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("frames", [True, False], ids=("(B, C, T)", "(B, C)"))
+def test_clusters_of_every_dtype(frames: bool, dtype: torch.dtype) -> None:
+    """Small enough for the tools that watch every access; groups that end within a thread's channels."""
+    leaves = drawn((2, 40, 3, 5, 7), torch.channels_last_3d, modulated=False, dtype=dtype)
+    modulation = (2, 40, 3) if frames else (2, 40)
+    leaves |= {
+        name: torch.randn(modulation, device="cuda", dtype=dtype).requires_grad_() for name in ("scale", "shift")
+    }
+    hold(group_norm_silu, leaves.pop("x"), 4, impl="cuda_sm90", dtype=dtype, seed=2**17, **leaves)
+
+
+@pytest.mark.usefixtures("_clusters")
+@pytest.mark.parametrize("case", RESIDENT)
+def test_graph_capture_of_clusters(case: str) -> None:
+    shape, groups = RESIDENT[case]
+    leaves = drawn(shape, torch.channels_last_3d)
+    grad = torch.randn_like(leaves["x"])
+    first = run("cuda_sm90", leaves, groups, grad)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run("cuda_sm90", leaves, groups, grad)
     for _ in range(100):
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
-    x = leaves.pop("x")
-    hold(group_norm_silu, x, groups, impl="cuda_sm90", dtype=x.dtype, seed=2**17, **leaves)
+
+
+@pytest.mark.usefixtures("_clusters")
+def test_large_offsets_of_clusters() -> None:
+    """The last of so many samples that a 32-bit offset has wrapped, against a call on it alone; 19 GB."""
+    x = torch.empty((152, 512, 8, 45, 80), device="cuda", dtype=torch.bfloat16, memory_format=torch.channels_last_3d)
+    x.normal_().requires_grad_()
+    assert x[:-1].numel() > 2**31
+    part = x.detach()[-1:].clone(memory_format=torch.preserve_format).requires_grad_()
+    grad = torch.randn_like(x)
+    far, near = (group_norm_silu(t, 32, impl="cuda_sm90") for t in (x, part))
+    torch.testing.assert_close(far[-1:], near, rtol=1e-2, atol=1e-2)
+    (dx,), (expected,) = torch.autograd.grad(far, x, grad), torch.autograd.grad(near, part, grad[-1:])
+    torch.testing.assert_close(dx[-1:], expected, rtol=1e-2, atol=1e-2)

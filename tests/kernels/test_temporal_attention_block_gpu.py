@@ -58,7 +58,7 @@ def test_replays_from_a_graph_without_waiting(channels: int) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_past_2_31_elements(layout: str) -> None:
+def test_large_offsets(layout: str) -> None:
     """More than 2^31 elements, in more than 65,535 sequences: ends and middle as they are by themselves."""
     width = 2**31 // (64 * 16 * 256) + 3
     format = torch.channels_last_3d if layout == "channels_last" else torch.contiguous_format

@@ -88,7 +88,7 @@ def test_replays_from_a_graph_without_waiting(frames: int) -> None:
 
 
 @pytest.mark.parametrize("frames", [2, 66])
-def test_past_2_31_elements(frames: int) -> None:
+def test_large_offsets(frames: int) -> None:
     positions = 2**31 // (frames * 8 * 64) + 257
     shape = (1, frames, positions, 8, 64)
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))

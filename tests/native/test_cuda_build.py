@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -51,6 +52,32 @@ def test_why_not(built: tuple[str, ...], sentence: str) -> None:
     registration._not_built_for.cache_clear()
     with mock.patch.object(native, "cuda_architectures", return_value=built):
         assert sentence in str(registration._not_built_for(8, 0))
+    registration._not_built_for.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "sentence"),
+    [
+        (("80", "90a-real"), (9, 0), None),
+        # The driver compiles sm_80's PTX for 10.0: enough for every kernel but this one.
+        (("80", "90a-real"), (10, 0), 'no code with clusters .* 10.0; rebuild: .*ARCHITECTURES=80;100a-real"'),
+        (("80",), (9, 0), "built for 80: no code with clusters for compute capability 9.0"),
+        (("80", "100a-real"), (10, 0), None),
+        (("80", "90"), (10, 0), None),  # by its PTX
+        (("90a-real",), (10, 0), "built for 90a-real, not for compute capability 10.0"),
+        (("80", "120-real"), (12, 0), "runs on compute capability 9.0 and 10.0, not 12.0"),
+    ],
+)
+def test_which_builds_have_clusters(built: tuple[str, ...], capability: tuple[int, int], sentence: str | None) -> None:
+    registration._not_built_for.cache_clear()
+    with (
+        mock.patch.object(native, "cuda_architectures", return_value=built),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+    ):
+        reason = registration._no_clusters_on_this()
+        assert reason is None if sentence is None else re.search(sentence, str(reason))
+        if capability == (10, 0) and "80" in built:
+            assert registration._not_built_for_this() is None
     registration._not_built_for.cache_clear()
 
 

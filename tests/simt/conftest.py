@@ -21,6 +21,7 @@ def on_shim(monkeypatch: pytest.MonkeyPatch) -> Iterator[group_norm_silu_library
     monkeypatch.setattr(native, "library", lambda: library)
     for module in ("group_norm_silu_cuda", "group_norm_silu_cuda_sm90"):
         monkeypatch.setattr(f"fastvdiff.native.{module}.library", lambda: library)
+        monkeypatch.setattr(f"fastvdiff.native.{module}.address", library.address)
     monkeypatch.setattr("fastvdiff.native.group_norm_silu_cuda.multiprocessors", lambda x: library.multiprocessors)
     supports = {
         "cuda": lambda facts: None,

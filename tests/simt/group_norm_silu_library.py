@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Iterator
 from typing import Any
 
-from tests.simt.host import load, run
+import torch
+
+from tests.simt.host import call, load, run
 
 SOURCES = (
     "csrc/cuda/group_norm_silu.cu",
@@ -59,17 +63,27 @@ class Library:
         self.descending = False
         self.multiprocessors = 2
         self.cuts: list[tuple[int, int]] = []  # groups of a column and blocks of a cluster, call by call
+        self.tensors: dict[int, torch.Tensor] = {}  # by address: what the sanitized build copies
+
+    def address(self, tensor: torch.Tensor | None) -> int:
+        """fastvdiff.native.address, remembered."""
+        if tensor is None:
+            return 0
+        self.tensors[tensor.data_ptr()] = tensor
+        return tensor.data_ptr()
 
     def _run(self, entry: str, params: ctypes.Structure) -> None:
-        run(SOURCES, entry, params, build=self.build, descending=self.descending)
+        options = {"build": self.build, "descending": self.descending}
+        if self.build != "sanitized":
+            return run(SOURCES, entry, params, **options)
+        given = {name: functools.reduce(getattr, name.split("."), params) for name in _pointers(type(params))}
+        call(SOURCES, entry, params, {name: self.tensors.get(at) for name, at in given.items()}, **options)
 
     def cuda_group_norm_silu_workspace(self, *call: Any) -> int:
         *call, backward = call
-        return _workspace(_params(*call), backward, self.build)
-
-    def workspace(self, params: Params) -> int:
-        """Floats that serve a forward and a backward call."""
-        return max(_workspace(params, backward, self.build) for backward in (False, True))
+        function = load(SOURCES).group_norm_silu_workspace
+        function.restype = ctypes.c_int64
+        return function(ctypes.byref(_params(*call)), ctypes.c_bool(backward))
 
     def cuda_group_norm_silu_forward(self, *arguments: Any) -> None:
         *call, _stream, x, parameters, moments, workspace, y, stats, eps = arguments
@@ -83,7 +97,7 @@ class Library:
         params = _with_inputs(_params(*call), x, parameters, moments, 0)
         params.y, params.stride_yb, params.stride_yr = y
         params.eps = eps
-        takes = load(SOURCES, self.build).group_norm_silu_resident_takes
+        takes = load(SOURCES).group_norm_silu_resident_takes
         takes.restype = ctypes.c_bool
         if takes(ctypes.byref(params)):
             self.cuts.append((groups, ranks))
@@ -101,10 +115,13 @@ class Library:
         self._run("group_norm_silu_backward", params)
 
 
-def _workspace(params: Params, backward: bool, build: str) -> int:
-    function = load(SOURCES, build).group_norm_silu_workspace
-    function.restype = ctypes.c_int64
-    return function(ctypes.byref(params), ctypes.c_bool(backward))
+def _pointers(structure: Any) -> Iterator[str]:
+    """The names of a structure's pointers, those of its inner structures included."""
+    for name, kind in structure._fields_:
+        if kind is ctypes.c_void_p:
+            yield name
+        elif issubclass(kind, ctypes.Structure):
+            yield from (f"{name}.{inner}" for inner in _pointers(kind))
 
 
 def _params(sizes: Any, flags: Any, dtype: int, multiprocessors: int) -> Params:

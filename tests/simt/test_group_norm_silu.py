@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from fastvdiff.ops import group_norm_silu
 from tests.ops.drawn_group_norm_silu import ARGUMENTS, DTYPES, LAYOUTS, calls, check, in_layout, parameters
-from tests.simt.group_norm_silu_library import SOURCES, Gradient, Library, Parameter, Params
-from tests.simt.host import call
+from tests.simt.group_norm_silu_library import Library
 
 FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
@@ -90,13 +89,16 @@ def test_one_parameter_missing(on_shim: Library, missing: str, layout: str) -> N
     check(x, 4, "cuda", **{name: p for name, p in parameters(x, "frame").items() if name != missing})
 
 
+def statistics(x: torch.Tensor, groups: int) -> torch.Tensor:
+    grouped = x.double().reshape(len(x), groups, -1)
+    mean = grouped.mean(-1)
+    return torch.stack([mean, (grouped - mean[..., None]).square().sum(-1)], -1).float()
+
+
 @FORMATS
 def test_statistics_given(on_shim: Library, layout: str) -> None:
     x = in_layout(layout, 2, 24, 3, 4, 4)
-    grouped = x.double().reshape(2, 4, -1)
-    mean = grouped.mean(-1)
-    stats = torch.stack([mean, (grouped - mean[..., None]).square().sum(-1)], -1).float()
-    check(x, 4, "cuda", stats=stats, **parameters(x, "sample"))
+    check(x, 4, "cuda", stats=statistics(x, 4), **parameters(x, "sample"))
 
 
 @FORMATS
@@ -142,61 +144,32 @@ def test_same_bits_in_any_order(on_shim: Library, layout: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize(
-    "strides",
-    [
-        (2**31, 1, 256, 64, 16),
-        (2**31, 32, 16, 4, 1),
-        (16, 1, 2**30 + 2**28, 2**28 + 2**26, 2**26 + 2**24),
-        (32, 2**27 + 2**24, 16, 4, 1),
-    ],
-    ids=("samples apart", "samples apart, contiguous", "positions apart", "channels apart"),
-)
-def test_offsets_past_2_31(on_shim: Library, strides: tuple[int, ...]) -> None:
-    """Views whose last element lies past 2^31; of the memory between, nothing is ever touched."""
-    shape = (2, 16, 2, 4, 4)
-    far = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    assert far > 2**31
-    x = torch.empty(far, dtype=torch.bfloat16).as_strided(shape, strides)
-    x.copy_(torch.randn(shape))
-    check(x, 4, "cuda", **parameters(x, "frame"))
+# (shape, groups, modulation, dtype), on 3 multiprocessors: every pass with whole accesses and with single elements.
+WATCHED = {
+    "frames": ((1, 24, 2, 8, 8), 4, "mixed", torch.bfloat16),
+    "frames, float32": ((2, 24, 2, 4, 6), 4, "mixed_other", torch.float32),
+    "elements": ((2, 6, 3, 3, 5), 3, "frame", torch.float16),
+    "wide groups of one frame": ((2, 80, 1, 4, 6), 2, "sample", torch.float16),
+    "many chunks": ((1, 8, 1, 40, 36), 2, "plain", torch.bfloat16),
+    "many columns": ((1, 2240, 1, 2, 3), 32, "plain", torch.float32),
+    "a group of many columns": ((1, 2240, 1, 2, 2), 1, "scale_alone", torch.bfloat16),
+}
 
 
+@pytest.mark.parametrize("build", ["races", "sanitized"])
 @FORMATS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_races(on_shim: Library, dtype: torch.dtype, layout: str) -> None:
-    on_shim.build = "races"
-    for on_shim.descending in (False, True):
-        x = in_layout(layout, 1, 24, 2, 8, 8, dtype=dtype)
-        check(x, 4, "cuda", **parameters(x, "mixed"))
+@pytest.mark.parametrize("name", WATCHED)
+def test_races_and_overruns(on_shim: Library, name: str, layout: str, build: str) -> None:
+    shape, groups, form, dtype = WATCHED[name]
+    on_shim.build, on_shim.multiprocessors = build, 3
+    for on_shim.descending in (False, True)[: 1 + (build == "races")]:  # what is accessed does not depend on the order
+        x = in_layout(layout, *shape, dtype=dtype)
+        check(x, groups, "cuda", **parameters(x, form))
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=("contiguous", "channels_last"))
-def test_no_access_past_an_end(channels_last: bool) -> None:
-    """AddressSanitizer and UBSan see nothing, and the results are the ordinary build's."""
-    batch, channels, frames, positions, groups = 2, 24, 2, 80, 4
-    row = channels if channels_last else positions
-    sizes = {"batch": batch, "channels": channels, "frames": frames, "positions": positions, "groups": groups}
-    strides = {f"stride_{t}{of}": channels * positions if of == "b" else row for t in "xyg" for of in "br"}
-    results = []
-    for build in ("ordinary", "sanitized"):
-        torch.manual_seed(0)
-        draw = {name: torch.randn(batch, channels * positions).bfloat16() for name in ("x", "grad")}
-        given_ones = {f"{name}.data": torch.randn(channels) for name in ("weight", "bias")}
-        given_ones["scale.data"] = torch.randn(batch, channels, frames)
-        written = {"y": torch.zeros_like(draw["x"]), "dx": torch.zeros_like(draw["x"])}
-        grads = {"dweight.data": torch.zeros(channels), "dscale.data": torch.zeros(batch, channels, frames)}
-        params = Params(
-            eps=1e-5, silu=True, channels_last=channels_last, dtype=1, multiprocessors=3, **sizes, **strides,
-            weight=Parameter(stride_c=1), bias=Parameter(stride_c=1), dscale=Gradient(per_frame=True),
-            scale=Parameter(None, channels * frames, frames, 1),
-        )  # fmt: skip
-        workspace = torch.zeros(Library().workspace(params))
-        shared = {"moments": torch.zeros(batch, groups, 2), "workspace": workspace, "x": draw["x"], **given_ones}
-        call(SOURCES, "group_norm_silu_forward", params, {**shared, "y": written["y"]}, build=build)
-        backward = {**shared, "grad": draw["grad"], "dx": written["dx"], **grads}
-        call(SOURCES, "group_norm_silu_backward", params, backward, build=build)
-        results.append([*written.values(), *grads.values()])
-    assert results[0][1].any()
-    for ordinary, sanitized in zip(*results, strict=True):
-        torch.testing.assert_close(sanitized, ordinary, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("build", ["races", "sanitized"])
+@FORMATS
+def test_races_and_overruns_with_statistics(on_shim: Library, layout: str, build: str) -> None:
+    on_shim.build = build
+    x = in_layout(layout, 2, 24, 3, 4, 4)
+    check(x, 4, "cuda", stats=statistics(x, 4), **parameters(x, "sample"))

@@ -101,11 +101,24 @@ def test_rows_of_a_wider_tensor_and_an_address_off_16_bytes(on_shim: Library) ->
         assert bool(on_shim.cuts) == clusters
 
 
-def test_no_races(on_shim: Library) -> None:
-    on_shim.build, on_shim.multiprocessors = "races", 64
-    for on_shim.descending in (False, True):
-        x = in_layout("channels_last", 1, 24, 2, 8, 8, dtype=torch.bfloat16)
-        check(x, 3, IMPL, **parameters(x, "mixed"))
+@pytest.mark.parametrize("build", ["races", "sanitized"])
+@pytest.mark.parametrize(
+    ("shape", "groups", "form", "dtype"),
+    [
+        ((1, 24, 2, 8, 8), 3, "mixed", torch.bfloat16),
+        ((2, 40, 3, 5, 7), 4, "frame", torch.float16),  # groups that end within a thread's channels
+        ((2, 32, 1, 3, 3), 32, "sample", torch.float32),  # blocks without rows
+    ],
+    ids=str,
+)
+def test_races_and_overruns(
+    on_shim: Library, shape: tuple[int, ...], groups: int, form: str, dtype: torch.dtype, build: str
+) -> None:
+    on_shim.build, on_shim.multiprocessors = build, 64
+    for on_shim.descending in (False, True)[: 1 + (build == "races")]:  # what is accessed does not depend on the order
+        x = in_layout("channels_last", *shape, dtype=dtype)
+        check(x, groups, IMPL, **parameters(x, form))
+    assert on_shim.cuts
 
 
 def test_the_cut_of_published_shapes() -> None:

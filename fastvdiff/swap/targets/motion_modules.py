@@ -73,7 +73,7 @@ def _resnet(block: nn.Module, eager: Any, input_tensor: torch.Tensor, temb: torc
     understood = x.dim() == 5 and silu(act) and (temb is None or block.time_emb_proj is not None)
     if not (understood and _known(block.norm1) and _known(block.norm2) and _runs(x, block.norm1)):
         return eager(block, input_tensor, temb)
-    h = block.conv1(_normed(x, block.norm1))
+    h = block.conv1(_normed(x, block.norm1, as_eager=dropping(block)))
     scale = shift = None
     if temb is not None:
         temb = block.time_emb_proj(act(temb))
