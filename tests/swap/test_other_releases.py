@@ -42,7 +42,7 @@ def _tested(environment: dict[str, str], *options: str) -> str:
 
 @pytest.mark.long
 def test_libraries_of_a_year_ago(tmp_path: Path) -> None:
-    """Ten minutes, and a package index within reach."""
+    """More than a quarter of an hour on a busy machine, and a package index within reach."""
     environment = _beside(tmp_path, *YEAR_OLD)
     program = "import diffusers, peft; print(diffusers.__version__, peft.__version__)"
     assert _run(environment, "-c", program).split() == ["0.35.2", "0.17.1"]
