@@ -89,10 +89,11 @@ class Recorder:
             raise
 
     def add(
-        self, op: str, case: str, times: dict[str, Spread], target: float | None, extra: dict[str, float] | None = None
-    ) -> None:
-        """Record a case that was right, with its times."""
-        self.rows.append(Row(op, _impl(op), case, True, times, target, extra=extra or {}))
+        self, op: str, case: str, times: dict[str, Spread], target: float | None, extra: dict[str, float] | None = None,
+        impl: str | None = None,
+    ) -> None:  # fmt: skip
+        """Record a case that was right, with its times, and what implementation of the op ran if that is known."""
+        self.rows.append(Row(op, impl or _impl(op), case, True, times, target, extra=extra or {}))
 
     def save(self) -> Path | None:
         """Add the session's results to those of this device and version, if they are kept; returns the file."""

@@ -11,7 +11,7 @@ import torch
 from benchmarks.cases import CASES, CHANNELS_LAST, Case
 from benchmarks.record import Recorder
 from benchmarks.timing import Race, first, timed
-from fastvdiff import accuracy
+from fastvdiff import accuracy, dispatch
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -33,7 +33,7 @@ def test_op(case: Case, benchmark: Any, recorder: Recorder) -> None:
     race.warm_up()
     rounds = race.rounds(recorder.budget)
     benchmark.pedantic(race.contend, setup=race.others, rounds=rounds, iterations=1)
-    recorder.add(case.op, case.name, race.spreads(), case.target)
+    recorder.add(case.op, case.name, race.spreads(), case.target, impl=_chosen(case, tensors))
     benchmark.extra_info.update({name: s.median for name, s in race.spreads().items()})
 
 
@@ -42,6 +42,11 @@ def _tensors(case: Case) -> list[torch.Tensor]:
     if case.channels_last:
         drawn = tuple(t.contiguous(memory_format=CHANNELS_LAST) if t.dim() == 5 else t for t in drawn)
     return [t.requires_grad_(case.training) for t in drawn]
+
+
+def _chosen(case: Case, tensors: list[torch.Tensor]) -> str:
+    """The implementation of the case's op that runs it."""
+    return next(walk.chosen for walk in dispatch.trace(case.fast, *tensors) if walk.op == case.op)
 
 
 def _call(case: Case, run: Callable[..., Any], tensors: list[torch.Tensor]) -> Callable[[], Any]:
