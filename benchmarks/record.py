@@ -38,6 +38,7 @@ class OnDevice:
     warm: dict[str, Spread] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    result_bytes: dict[str, int] = field(default_factory=dict)  # of what a call gives back: its peak less this is extra
     launched: list[str] = field(default_factory=list)  # providers that no graph could capture
 
 
