@@ -6,23 +6,27 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from benchmarks import cudnn
 from benchmarks.record import Record, Row
 from benchmarks.sdpa import BACKENDS, CORE
 
-_FIRST = ("eager", "eager channels_last", "torch.compile")
+_FIRST = ("eager", "eager channels_last", "eager contiguous", "torch.compile")
+_NO_BASELINE = "no baseline"
 Case = dict[str, Any]
 
 
-def text(rows: Sequence[Row], width: int) -> str:
+def text(rows: Sequence[Row], width: int, cudnn_version: int | None) -> str:
     """The session's table: short, for the results file has the rest."""
+    note = cudnn.note({"cudnn": cudnn_version})
     lines = [
-        f"{'case':{width}}  {'impl':9}{'eager':>9}{'best other':>12}{'ours us':>9}{'rate':>12}{'reached':>9}  target"
+        *([note] if note else []),
+        f"{'case':{width}}  {'impl':9}{'eager':>9}{'best other':>12}{'ours us':>9}{'rate':>12}{'reached':>9}  target",
     ]
     for row in rows:
         if not row.correct:
             lines.append(f"{row.case:{width}}  {row.impl:9}FAILED: {row.failure}")
             continue
-        case = asdict(row)
+        case = _marked(asdict(row), cudnn_version)
         other = _best_other(case)
         lines.append(
             f"{row.case:{width}}  {row.impl:9}{_us(case, 'eager'):>9}{other[1] if other else '':>12}"
@@ -44,7 +48,7 @@ def headline(record: Record, page: str) -> str:
         "against best": _against_best,
         "target": _target,
     }
-    shown = [case for case in record["cases"] if not case["correct"] or case["device"]["headline"]]
+    shown = [case for case in _cases(record) if not case["correct"] or case["device"]["headline"]]
     return "\n".join(
         [_caption(record) + f" [All cases, who declined, and memory]({page}).", "", *_table(columns, shown)]
     )
@@ -62,23 +66,34 @@ def page(record: Record) -> str:
         "",
         f"Cold L2 unless said: {record['flush']}. Calls are replayed from CUDA graphs, providers take turns, and the"
         f" order turns around every round. A graph of one tiny kernel reads {session['empty_us']:.1f} us on this clock."
-        f" CUDA {record['cuda']}, cuDNN {record['cudnn']}, driver {session['driver'] or 'unknown'}, Triton"
+        f" CUDA {record['cuda']}, cuDNN {cudnn.words(record['cudnn'])}, driver {session['driver'] or 'unknown'}, Triton"
         f" {record['triton']}, Python {record['python']}, fastvdiff {record['fastvdiff']}.",
     ]
     for op in dict.fromkeys(case["op"] for case in record["cases"]):
-        cases = [{**case, "case": case["case"].removeprefix(f"{op}-")} for case in record["cases"] if case["op"] == op]
+        cases = [{**case, "case": case["case"].removeprefix(f"{op}-")} for case in _cases(record) if case["op"] == op]
         lines += ["", f"## {op}", "", *_op_tables(cases)]
     return "\n".join([*lines, *_refusals(record["cases"])]) + "\n"
 
 
 def _caption(record: Record) -> str:
     session = record["session"]
+    note = cudnn.note(record)
     return (
-        f'{record["device"]}, torch {record["torch"]}, bfloat16; median device time in microseconds. "Reached" is the'
+        f"{record['device']}, torch {record['torch']}, cuDNN {cudnn.words(record['cudnn'])}, bfloat16; median device"
+        ' time in microseconds. "Reached" is the'
         f" share of the device's own measured rates, a copy at {session['copy_bytes_per_second'] / 1e12:.2f} TB/s and a"
         f" matrix product at {session['bf16_flop_per_second'] / 1e12:.0f} TFLOP/s, by the bytes that the kernel"
-        " reads and writes; what it finds in the L2 again can bring it past 100 %."
+        " reads and writes; what it finds in the L2 again can bring it past 100 %." + (f" {note}" if note else "")
     )
+
+
+def _cases(record: Record) -> list[Case]:
+    return [_marked(case, record["cudnn"]) for case in record["cases"]]
+
+
+def _marked(case: Case, version: int | None) -> Case:
+    """The case, and whether what it says about others is from a cuDNN that is no baseline."""
+    return {**case, "doubtful": cudnn.doubtful(version, case["op"])}
 
 
 def _op_tables(cases: list[Case]) -> list[str]:
@@ -129,6 +144,17 @@ def _op_tables(cases: list[Case]) -> list[str]:
         },
         right,
     )
+    whole = [case for case in right if case["op"].endswith("conv3d") and case["case"].endswith("forward")]
+    if whole:
+        lines += ["", "Workspace: what of that is not the result, in MB:", ""]
+        lines += _table(
+            {
+                "case": lambda c: c["case"],
+                **{n: lambda c, n=n: _megabytes(c, n, "result_bytes") for n in (*providers, "fastvdiff")},
+                "implementation": lambda c: c["impl"],
+            },
+            whole,
+        )
     return lines
 
 
@@ -185,7 +211,10 @@ def _of(times: dict[str, Any], name: str) -> str:
 
 
 def _us(case: Case, name: str) -> str:
-    return "declined" if name in case["device"]["refused"] else _of(case["times"], name)
+    if name in case["device"]["refused"]:
+        return "declined"
+    marked = case["doubtful"] and name in case["times"] and name != "fastvdiff"
+    return _of(case["times"], name) + (cudnn.MARK if marked else "")
 
 
 def _quartiles(case: Case, name: str) -> str:
@@ -201,6 +230,8 @@ def _best_other(case: Case) -> tuple[str, str] | None:
 
 
 def _against(case: Case, name: str) -> str:
+    if case["doubtful"]:
+        return _NO_BASELINE
     return f"{_median(case, name) / _median(case, 'fastvdiff'):.2f}x"
 
 
@@ -232,6 +263,7 @@ def _target(case: Case) -> str:
     return f"{goal:.1f} {'met' if _median(case, 'fastvdiff') <= goal else 'missed'}"
 
 
-def _megabytes(case: Case, name: str) -> str:
+def _megabytes(case: Case, name: str, less: str = "") -> str:
+    """A provider's peak, less what `less` names of it."""
     peaks = case["device"]["peak_bytes"]
-    return f"{peaks[name] / 1e6:.0f}" if name in peaks else ""
+    return f"{(peaks[name] - (case['device'][less][name] if less else 0)) / 1e6:.0f}" if name in peaks else ""

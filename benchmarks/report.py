@@ -19,11 +19,11 @@ PROVIDERS = ("eager", "eager channels_last", "torch.compile", "reference", "fast
 START, END = "<!-- results: written by python -m benchmarks.report -->", "<!-- end of results -->"
 
 
-def text(rows: Sequence[Row]) -> str:
-    """The session's table."""
+def text(rows: Sequence[Row], facts: Record) -> str:
+    """The session's table; `facts` are its device's."""
     width = max((len(row.case) for row in rows), default=4)
     if any(row.device for row in rows):
-        return gpu_report.text(rows, width)
+        return gpu_report.text(rows, width, facts.get("cudnn"))
     head = [f"{'case':{width}}", *(f"{name:>20}" for name in PROVIDERS), "  against eager   target"]
     lines = ["".join(head)]
     for row in rows:
