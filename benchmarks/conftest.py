@@ -16,7 +16,7 @@ from benchmarks.record import RESULTS, Recorder, cpu_facts, known
 _KEY = pytest.StashKey[Recorder]()
 _FILES = {
     "cpu": {"test_ops.py", "test_models.py", "test_swap.py", "test_training.py"},
-    "cuda": {"test_gpu.py"},
+    "cuda": {"test_gpu.py", "test_networks.py"},
 }
 
 

@@ -12,6 +12,8 @@ from benchmarks.sdpa import BACKENDS, CORE
 
 _FIRST = ("eager", "eager channels_last", "eager contiguous", "torch.compile")
 _NO_BASELINE = "no baseline"
+NETWORKS = ("VideoUNet", "swap_kernels")
+_NETWORK_PROVIDERS = (*_FIRST[:2], "torch.compile", "torch.compile max-autotune", "fastvdiff")
 Case = dict[str, Any]
 
 
@@ -27,6 +29,9 @@ def text(rows: Sequence[Row], width: int, cudnn_version: int | None) -> str:
             lines.append(f"{row.case:{width}}  {row.impl:9}FAILED: {row.failure}")
             continue
         case = _marked(asdict(row), cudnn_version)
+        if case["op"] in NETWORKS:
+            lines.append(f"{row.case:{width}}  " + "  ".join(f"{k} {v}" for k, v in _network_cells(case).items() if v))
+            continue
         other = _best_other(case)
         lines.append(
             f"{row.case:{width}}  {row.impl:9}{_us(case, 'eager'):>9}{other[1] if other else '':>12}"
@@ -48,10 +53,10 @@ def headline(record: Record, page: str) -> str:
         "against best": _against_best,
         "target": _target,
     }
-    shown = [case for case in _cases(record) if not case["correct"] or case["device"]["headline"]]
-    return "\n".join(
-        [_caption(record) + f" [All cases, who declined, and memory]({page}).", "", *_table(columns, shown)]
-    )
+    cases, networks = _cases(record)
+    shown = [case for case in cases if not case["correct"] or case["device"]["headline"]]
+    lines = [_caption(record) + f" [All cases, who declined, and memory]({page}).", "", *_table(columns, shown)]
+    return "\n".join([*lines, *_network_table(networks)])
 
 
 def page(record: Record) -> str:
@@ -69,9 +74,11 @@ def page(record: Record) -> str:
         f" CUDA {record['cuda']}, cuDNN {cudnn.words(record['cudnn'])}, driver {session['driver'] or 'unknown'}, Triton"
         f" {record['triton']}, Python {record['python']}, fastvdiff {record['fastvdiff']}.",
     ]
-    for op in dict.fromkeys(case["op"] for case in record["cases"]):
-        cases = [{**case, "case": case["case"].removeprefix(f"{op}-")} for case in _cases(record) if case["op"] == op]
-        lines += ["", f"## {op}", "", *_op_tables(cases)]
+    cases, networks = _cases(record)
+    for op in dict.fromkeys(case["op"] for case in cases):
+        of_op = [{**case, "case": case["case"].removeprefix(f"{op}-")} for case in cases if case["op"] == op]
+        lines += ["", f"## {op}", "", *_op_tables(of_op)]
+    lines += ["", "## Whole networks", *_network_table(networks)] if networks else []
     return "\n".join([*lines, *_refusals(record["cases"])]) + "\n"
 
 
@@ -87,8 +94,43 @@ def _caption(record: Record) -> str:
     )
 
 
-def _cases(record: Record) -> list[Case]:
-    return [_marked(case, record["cudnn"]) for case in record["cases"]]
+def _cases(record: Record) -> tuple[list[Case], list[Case]]:
+    """The ops' cases and the networks'."""
+    marked = [_marked(case, record["cudnn"]) for case in record["cases"]]
+    return [c for c in marked if c["op"] not in NETWORKS], [c for c in marked if c["op"] in NETWORKS]
+
+
+def _network_table(networks: list[Case]) -> list[str]:
+    """Times and memory of whole networks, with a line of their own above."""
+    if not networks:
+        return []
+    names = ("case", *_NETWORK_PROVIDERS, "against eager", "target", "peak memory")
+    columns = {name: (lambda c, name=name: _network_cells(c)[name]) for name in names[1:]}
+    return [
+        "",
+        "Whole networks as a user launches them, host included: medians in milliseconds, and the most memory that the"
+        " activations and gradients of one call held, eager's and fastvdiff's, in MB.",
+        "",
+        *_table({"case": lambda c: c["case"], **columns}, networks),
+    ]
+
+
+def _network_cells(case: Case) -> dict[str, str]:
+    times, refused, goal = case["times"], case.get("refused", {}), case["target"]
+    mark = cudnn.MARK if case["doubtful"] else ""
+    cells = {
+        name: f"{times[name]['median']:.1f}{mark if name != 'fastvdiff' else ''}" if name in times else ""
+        for name in _NETWORK_PROVIDERS
+    }
+    cells |= {name: "declined" for name in refused if name in cells}
+    ratio = times["eager"]["median"] / times["fastvdiff"]["median"] if "eager" in times else None
+    compared = ratio is not None and not case["doubtful"]
+    cells["against eager"] = f"{ratio:.2f}x" if compared else _NO_BASELINE
+    verdict = ("met" if ratio >= goal else "missed") if compared and goal else ""
+    cells["target"] = f"{goal:.1f}x {verdict}".strip() if goal else ""
+    peaks = [case["extra"].get(f"peak MB {name}") for name in ("eager", "fastvdiff")]
+    cells["peak memory"] = " to ".join("declined" if peak is None else f"{peak:.0f}" for peak in peaks)
+    return cells
 
 
 def _marked(case: Case, version: int | None) -> Case:
@@ -172,7 +214,7 @@ def _refusals(cases: list[Case]) -> list[str]:
     """Every sentence with which somebody declined, and for which cases."""
     found: dict[tuple[str, str], list[str]] = {}
     for case in cases:
-        for name, sentence in (case["device"]["refused"] if case["correct"] else {}).items():
+        for name, sentence in (_refused(case) if case["correct"] else {}).items():
             found.setdefault((name, sentence), []).append(case["case"])
     lines = ["", "## Who declined", ""] if found else []
     for (name, sentence), names in sorted(found.items()):
@@ -182,6 +224,10 @@ def _refusals(cases: list[Case]) -> list[str]:
     if wrong:
         lines += ["", "## Not right", "", *(f"- {c['case']} ({c['impl']}): {c['failure']}" for c in wrong)]
     return lines
+
+
+def _refused(case: Case) -> dict[str, str]:
+    return case.get("refused", {}) if case["op"] in NETWORKS else case["device"]["refused"]
 
 
 def _everybody(case: Case) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def measure(
         impls, refused = implementations(case, tensors)
         checked, made = check(case, tensors, impls)
         if drive is not None and checked:
-            with _best_convolutions():
+            with best_convolutions():
                 made += _raced(case, tensors, device, limits, checked, refused, compiled, drive)
     return made
 
@@ -193,7 +193,7 @@ def _convolutions_in(case: GpuCase) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _best_convolutions() -> Iterator[None]:
+def best_convolutions() -> Iterator[None]:
     """cuDNN tries its algorithms for what is timed, not for the float64 that it is checked with."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True

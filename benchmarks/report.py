@@ -22,7 +22,7 @@ START, END = "<!-- results: written by python -m benchmarks.report -->", "<!-- e
 def text(rows: Sequence[Row], facts: Record) -> str:
     """The session's table; `facts` are its device's."""
     width = max((len(row.case) for row in rows), default=4)
-    if any(row.device for row in rows):
+    if "backend" in facts:
         return gpu_report.text(rows, width, facts.get("cudnn"))
     head = [f"{'case':{width}}", *(f"{name:>20}" for name in PROVIDERS), "  against eager   target"]
     lines = ["".join(head)]

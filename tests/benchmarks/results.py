@@ -33,6 +33,13 @@ def right(case: str, impl: str = "triton", op: str = "temporal_attention", **dev
     return Row(op, impl, case, True, spreads, device=OnDevice(**{**given, **device}))
 
 
+def network(case: str, times: dict[str, float], op: str = "swap_kernels", refused: dict[str, str] | None = None) -> Row:
+    """A whole network's milliseconds; its peaks are ten times as many MB."""
+    spreads = {name: at(1e3 * ms) for name, ms in times.items()}
+    peaks = {f"peak MB {name}": 10 * ms for name, ms in times.items()}
+    return Row(op, "triton", case, True, spreads, 2.0, extra=peaks, refused=refused or {})
+
+
 def wrong(case: str, impl: str = "triton", op: str = "temporal_attention") -> Row:
     return Row(op, impl, case, False, failure="output: relative error 1.0e+00 > 4.1e-03")
 

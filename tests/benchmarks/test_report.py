@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import gpu_report, report
 from benchmarks.record import RESULTS, ROOT, keep
-from tests.benchmarks.results import FACTS, record, right, wrong
+from tests.benchmarks.results import FACTS, network, record, right, wrong
 
 EVERYBODY = {
     "eager": 800.0, "eager channels_last": 700.0, "torch.compile": 500.0, "sdpa-flash": 300.0, "sdpa-flash core": 90.0,
@@ -164,7 +164,7 @@ def test_an_older_cudnn_is_shown_and_is_no_baseline(version: int, is_baseline: b
     page = gpu_report.page(found)
     assert ("before 9.15" in page) != is_baseline
     assert rows(page)["level"]["against eager"] == ("8.00x" if is_baseline else "no baseline")
-    shown = report.text([conv], {"cudnn": version})
+    shown = report.text([conv], {**FACTS, "cudnn": version})
     assert ("before 9.15" in shown) != is_baseline
     assert f" 800.0{mark} " in shown
 
@@ -175,3 +175,25 @@ def test_a_convolutions_workspace_is_its_peak_less_its_result() -> None:
     cells = rows(gpu_report.page(record(case)).partition("Workspace")[2])["level-forward"]
     assert (cells["eager"], cells["fastvdiff"]) == ("5", "0")
     assert "Workspace" not in gpu_report.page(record(right("svd-l0-forward", peak_bytes=peaks, result_bytes=results)))
+
+
+def test_whole_networks_have_a_table_beside_the_ops() -> None:
+    times = {"eager": 800.0, "torch.compile": 600.0, "fastvdiff": 500.0}
+    svd = network("SVD-forward", times, refused={"eager channels_last": "No."})
+    found = record(right("a", headline=True), svd, wrong("bad", op="VideoUNet"))
+    for text in (gpu_report.headline(found, "page"), gpu_report.page(found)):
+        ops, _, whole = text.partition("Whole networks as")
+        assert "SVD" not in ops
+        cells = rows(whole)["SVD-forward"]
+        assert (cells["eager"], cells["eager channels_last"], cells["torch.compile"]) == ("800.0", "declined", "600.0")
+        assert (cells["against eager"], cells["target"]) == ("1.60x", "2.0x missed")
+        assert cells["peak memory"] == "8000 to 5000"
+        assert rows(whole)["bad"]["eager"] == "FAILED (triton)"
+    assert "- **eager channels_last**: No.: SVD-forward" in gpu_report.page(found)
+    assert "against eager 1.60x" in report.text([svd], FACTS)
+    assert (
+        rows(gpu_report.page({**found, "cudnn": 91000}).partition("Whole networks as")[2])["SVD-forward"][
+            "against eager"
+        ]
+        == "no baseline"
+    )
