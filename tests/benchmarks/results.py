@@ -28,6 +28,7 @@ def right(case: str, impl: str = "triton", op: str = "temporal_attention", **dev
     given = {
         "bytes_moved": 215_000_000, "bytes_least": 215_000_000, "flops": 10**9, "floor_us": 50.0, "binds": "memory",
         "target_us": None, "headline": False, "checked": "all elements, 1 piece: output 1e-03 of 2e-03",
+        "peak_bytes": dict.fromkeys(times, 10**6), "result_bytes": dict.fromkeys(times, 10**6),
     }  # fmt: skip
     spreads = {name: at(us) for name, us in times.items()}
     return Row(op, impl, case, True, spreads, device=OnDevice(**{**given, **device}))

@@ -88,7 +88,7 @@ def test_tables_are_written_between_the_marks(tmp_path: Path) -> None:
     readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
     keep(record(right("svd-l0", headline=True)), results)
     page = results / "nvidia-h200" / "README.md"
-    assert report.write(results, readme) == [readme, page]
+    assert report.write(results, readme) == [readme, tmp_path / "docs" / "targets.md", page]
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
