@@ -212,26 +212,27 @@ def _compiled(training: bool) -> str | None:
     return None if training else "default"
 
 
+LEVELS = tuple(Convolution(level, kernel) for level in (*SVD, *ANIMATEDIFF, *VDM) for kernel in (SPACE, TIME))
+VOLUMES = tuple(Convolution(level, BOTH) for level in VAE)
+TF32 = (Convolution(SVD[0], SPACE), Convolution(SVD[1], TIME), Convolution(VAE[1], BOTH))
+# A network's first and last convolutions, on 3 and 4 channels, and those that make clips smaller.
+ENDS = (
+    Convolution(SVD[0], SPACE, channels_in=4), Convolution(SVD[0], SPACE, channels_out=4),
+    Convolution(VDM[0], (1, 7, 7), channels_in=3), Convolution(VDM[0], SPACE, channels_out=3),
+    Convolution(VAE[0], BOTH, channels_in=3), Convolution(VAE[0], BOTH, channels_out=3),
+)  # fmt: skip
+STRIDED = (
+    Convolution(SVD[0], SPACE, stride=(1, 2, 2)), Convolution(ANIMATEDIFF[1], SPACE, stride=(1, 2, 2)),
+    Convolution(VAE[0], BOTH, stride=(2, 2, 2)),
+)  # fmt: skip
+
+
 def _alone() -> Iterator[GpuCase]:
-    for level in (*SVD, *ANIMATEDIFF, *VDM):
-        for kernel in (SPACE, TIME):
-            formats = (False, True) if level in (SVD[0], VDM[0]) else _LAST
-            yield from passes(partial(plain, Convolution(level, kernel)), formats)
-    for level in VAE:
-        yield from passes(partial(plain, Convolution(level, BOTH)), _LAST)
-    for level, kernel in ((SVD[0], SPACE), (SVD[1], TIME), (VAE[1], BOTH)):
-        yield from passes(partial(plain, Convolution(level, kernel), tf32=True), _LAST)
-
-
-def _ends() -> Iterator[GpuCase]:
-    """A network's first and last convolutions, on 3 and 4 channels, and those that make clips smaller."""
-    for level, kernel, few in ((SVD[0], SPACE, 4), (VDM[0], (1, 7, 7), 3), (VAE[0], BOTH, 3)):
-        yield from passes(partial(plain, Convolution(level, kernel, channels_in=few)), _LAST)
-        last = Convolution(level, SPACE if level in VDM else kernel, channels_out=few)
-        yield from passes(partial(plain, last), _LAST)
-    for level, kernel, stride in ((SVD[0], SPACE, (1, 2, 2)), (ANIMATEDIFF[1], SPACE, (1, 2, 2)),
-                                  (VAE[0], BOTH, (2, 2, 2))):  # fmt: skip
-        yield from passes(partial(plain, Convolution(level, kernel, stride=stride)), _LAST)
+    for conv in (*LEVELS, *VOLUMES, *ENDS, *STRIDED):
+        both = conv in LEVELS and conv.level in (SVD[0], VDM[0])
+        yield from passes(partial(plain, conv), (False, True) if both else _LAST)
+    for conv in TF32:
+        yield from passes(partial(plain, conv, tf32=True), _LAST)
 
 
 def _surrounded() -> Iterator[GpuCase]:
@@ -257,5 +258,5 @@ def _around(make: Callable[..., GpuCase], conv: Convolution) -> list[GpuCase]:
 
 def cases() -> list[GpuCase]:
     """All of them."""
-    made = (*_alone(), *_ends(), *_surrounded())
+    made = (*_alone(), *_surrounded())
     return [replace(case, headline=case.channels_last and case.label in _HEADLINES) for case in made]
