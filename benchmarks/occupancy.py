@@ -134,11 +134,21 @@ def table(device: Multiprocessors, select: str) -> Iterator[str]:
     driver = offline(device)
     for case in CASES:
         if select in case.name and not case.op.endswith("conv3d"):
-            found = launches(case, driver)
-            for kernel, grid, resources in found:
-                yield _line(case.name, kernel, "x".join(map(str, grid)), resources, device)
-            if not found:
-                yield f"{case.name:76}Triton declines"
+            yield from _triton(case, driver, device)
+
+
+def _triton(case: GpuCase, driver: Any, device: Multiprocessors) -> Iterator[str]:
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        found = launches(case, driver)
+    except OutOfResources as error:
+        yield f"{case.name:76}DOES NOT FIT: {str(error).partition(' Reducing')[0]}"
+        return
+    for kernel, grid, resources in found:
+        yield _line(case.name, kernel, "x".join(map(str, grid)), resources, device)
+    if not found:
+        yield f"{case.name:76}Triton declines"
 
 
 def _cuda(device: Multiprocessors, select: str) -> Iterator[str]:
