@@ -77,7 +77,7 @@ def _judge(case: GpuCase, distances: Sequence[_Distance], dtype: torch.dtype, pi
         what = f"gradient {index - 1}" if index else "output"
         error, plain = distance.errors(accuracy.GRADIENT_SCALE * largest if index else 0.0)
         ratio = accuracy.GRADIENT_RATIO if index else accuracy.FORWARD_RATIO
-        allowed = accuracy.limit(plain, dtype, ratio)
+        allowed = accuracy.limit(plain, dtype, ratio, tf32=case.tf32)
         if not error <= allowed:  # a NaN fails too
             raise Wrong(f"{what}: relative error {error:.2e} > {allowed:.2e}")
         words.append(f"{what} {error:.1e} of {allowed:.1e}")

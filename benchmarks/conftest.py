@@ -16,7 +16,7 @@ from benchmarks.record import RESULTS, Recorder, cpu_facts, known
 _KEY = pytest.StashKey[Recorder]()
 _FILES = {
     "cpu": {"test_ops.py", "test_models.py", "test_swap.py", "test_training.py"},
-    "cuda": {"test_gpu.py"},
+    "cuda": {"test_gpu.py", "test_networks.py"},
 }
 
 
@@ -90,10 +90,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     recorder = config.stash[_KEY]
     if recorder.rows:
         terminalreporter.section("fastvdiff against the others, interleaved medians")
-        session = recorder.facts().get("session")
-        if session:
-            terminalreporter.write_line(json.dumps(session))
-        terminalreporter.write_line(report.text(recorder.rows))
+        facts = recorder.facts()
+        if "session" in facts:
+            terminalreporter.write_line(json.dumps(facts["session"]))
+        terminalreporter.write_line(report.text(recorder.rows, facts))
         file = recorder.save()
         if file is not None:
             terminalreporter.write_line(f"kept in {file}")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 
 from benchmarks.limits import DEVICES, Limits
@@ -75,6 +76,13 @@ class Cuda:
     def release(self) -> None:
         """Give the memory of finished cases back."""
         torch.cuda.empty_cache()
+
+    def end_if_lost(self) -> None:
+        """A kernel that wrote where it must not takes the whole CUDA context with it: no later case can be trusted."""
+        try:
+            self.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"the device is lost to this process: {str(error).partition(chr(10))[0]}", returncode=1)
 
     def _seconds(self, call: Callable[[], Any], samples: int = 20) -> float:
         """Median of cold runs."""

@@ -62,12 +62,14 @@ class DeviceRace:
 
     Each cold sample is a flush of the L2 and then one call between two events; the call is replayed from a graph, so
     that no launch of the host's stands in it, unless it cannot be captured (`launched` names those: enough flushes run
-    ahead that their launches are queued in time).
+    ahead that their launches are queued in time). With `captured=False` none is: a call
+    takes what the host takes to launch it, if that is longer.
     """
 
     device: Device
     contender: str
     providers: dict[str, Callable[[], Any]]
+    captured: bool = True
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
     warm_milliseconds: dict[str, list[float]] = field(default_factory=dict)
     launched: list[str] = field(default_factory=list)
@@ -77,13 +79,16 @@ class DeviceRace:
     def prepare(self) -> None:
         """Capture every provider, and run each once."""
         for name, call in self.providers.items():
-            try:
-                self._calls[name] = self.device.graph(call)
-            except RuntimeError:  # synchronises, or copies from pageable memory
-                self._calls[name] = call
-                self.launched.append(name)
+            self._calls[name] = self._graph(name, call) if self.captured else call
             self._calls[name]()
         self.device.synchronize()
+
+    def _graph(self, name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+        try:
+            return self.device.graph(call)
+        except RuntimeError:  # synchronises, or copies from pageable memory
+            self.launched.append(name)
+            return call
 
     def rounds(self, budget: float, least: int = 10, most: int = 100) -> int:
         """How many rounds of all providers fit into `budget` seconds of device time, from one that is not kept."""

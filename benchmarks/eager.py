@@ -52,9 +52,27 @@ def temporal_attention_block(
     return x + F.linear(y, out_weight, out_bias).unflatten(0, (batch, height, width)).permute(0, 4, 3, 1, 2)
 
 
-def conv3d(x: Any, weight: Any, bias: Any) -> torch.Tensor:
-    """The convolution as torch runs it when it is asked plainly, with "same" zero padding."""
-    return F.conv3d(x, weight, bias, padding=tuple(k // 2 for k in weight.shape[2:]))
+def conv3d(x: Any, weight: Any, bias: Any, stride: tuple[int, ...] = (1, 1, 1)) -> torch.Tensor:
+    """The convolution as torch runs it when it is asked plainly, zeros around it by half of an odd kernel."""
+    return F.conv3d(x, weight, bias, stride, padding=tuple(k // 2 for k in weight.shape[2:]))
+
+
+def moments(y: torch.Tensor, groups: int) -> torch.Tensor:
+    """(B, G, 2): mean and centred sum of squares of each group of channels, in float32."""
+    grouped = y.detach().unflatten(1, (groups, -1)).flatten(2).float()
+    variance, mean = torch.var_mean(grouped, 2, correction=0)
+    return torch.stack((mean, variance * grouped.shape[2]), dim=-1)
+
+
+def conv3d_moments(x: Any, weight: Any, bias: Any, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The convolution, and its result's moments by one more pass over it."""
+    y = conv3d(x, weight, bias)
+    return y, moments(y, groups)
+
+
+def conv3d_norm_silu(x: Any, weight: Any, bias: Any, groups: int, norm_weight: Any, norm_bias: Any) -> torch.Tensor:
+    """A convolution, and the norm and the activation that follow it."""
+    return group_norm_silu(conv3d(x, weight, bias), groups, norm_weight, norm_bias)
 
 
 def norm_silu_conv3d(x: Any, groups: int, norm_weight: Any, norm_bias: Any, weight: Any, bias: Any) -> torch.Tensor:
@@ -65,6 +83,17 @@ def norm_silu_conv3d(x: Any, groups: int, norm_weight: Any, norm_bias: Any, weig
 def resnet_tail(x: Any, weight: Any, bias: Any, channel_bias: Any, residual: Any) -> torch.Tensor:
     """A convolution with the time embedding and the shortcut of a ResNet block added."""
     return conv3d(x, weight, bias) + channel_bias[:, :, None, None, None] + residual
+
+
+def resnet_block(
+    x: Any, groups: int, first: tuple[Any, Any, Any, Any], channel_bias: Any, last: tuple[Any, Any, Any, Any]
+) -> torch.Tensor:
+    """Norm, SiLU and convolution twice, the time embedding between them, the shortcut at the end.
+
+    `first` and `last`: the norm's weight and bias, the convolution's weight and bias.
+    """
+    h = norm_silu_conv3d(x, groups, *first) + channel_bias[:, :, None, None, None]
+    return x + norm_silu_conv3d(h, groups, *last)
 
 
 def ddim_step(

@@ -20,12 +20,12 @@ class Draw:
 
     device: str
     generator: torch.Generator
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype
 
     @classmethod
-    def on(cls, device: str, seed: int = 0) -> Draw:
+    def on(cls, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Draw:
         """From a seed."""
-        return cls(device, torch.Generator(device).manual_seed(seed))
+        return cls(device, torch.Generator(device).manual_seed(seed), dtype)
 
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         """Standard normal times `scale`."""
@@ -42,7 +42,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class GpuCase:
-    """One op at one size, in bfloat16.
+    """One op at one size, in bfloat16, or in float32 multiplied as tf32.
 
     `tensors(draw)` makes the inputs; the first `differentiable` of them get gradients when `training` (None: all).
     `eager(*tensors)` and `fast(*tensors, impl=...)` compute the same, unless eager `draws` noise of its own. `oracle`
@@ -71,6 +71,8 @@ class GpuCase:
     compile_mode: str | None = None  # None: not compiled
     target_us: float | None = None  # ops' own goals, on an H200
     headline: bool = False
+    tf32: bool = False
+    other_format: bool = False  # eager runs in contiguous too where the case is in channels_last
 
     @property
     def workload(self) -> str:
@@ -90,11 +92,16 @@ class GpuCase:
 
     def draw(self, device: str) -> Tensors:
         """The case's tensors in its memory format."""
-        return self.in_format(self.tensors(Draw.on(device)), self.channels_last)
+        dtype = torch.float32 if self.tf32 else torch.bfloat16
+        return self.in_format(self.tensors(Draw.on(device, dtype)), self.channels_last)
 
     @staticmethod
     def in_format(tensors: Tensors, channels_last: bool) -> Tensors:
-        """The 5-D tensors in channels_last_3d if asked, everything else as it is."""
-        if not channels_last:
-            return tensors
-        return tuple(t.contiguous(memory_format=CHANNELS_LAST) if t.dim() == 5 else t for t in tensors)
+        """The 5-D tensors in channels_last_3d or contiguous, everything else as it is."""
+        memory_format = CHANNELS_LAST if channels_last else torch.contiguous_format
+        return tuple(t.contiguous(memory_format=memory_format) if t.dim() == 5 else t for t in tensors)
+
+
+def passes(make: Callable[..., GpuCase], formats: tuple[bool, ...] = (False, True)) -> list[GpuCase]:
+    """`make(training, channels_last)` for forward and training in each format."""
+    return [make(training, channels_last) for channels_last in formats for training in (False, True)]

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks import eager, sdpa, traffic
+from benchmarks import eager, gpu_convolutions, sdpa, targets, traffic
 from benchmarks.cases import frames_first
-from benchmarks.gpu_case import Draw, GpuCase, Tensors
-from benchmarks.limits import DEVICES, floor
+from benchmarks.gpu_case import Draw, GpuCase, Tensors, passes
 from benchmarks.shapes import ANIMATEDIFF, SVD, VAE, VDM, Level
 from fastvdiff import ops
 
 _TUNED = "max-autotune-no-cudagraphs"
-
-
-def _passes(make: Callable[..., GpuCase], formats: tuple[bool, ...] = (False, True)) -> list[GpuCase]:
-    """`make(training, channels_last)` for forward and training in each format."""
-    return [make(training, channels_last) for channels_last in formats for training in (False, True)]
 
 
 def _compile_mode(training: bool, headline: bool) -> str | None:
@@ -32,14 +24,8 @@ def _compile_mode(training: bool, headline: bool) -> str | None:
     return None if training else "default"
 
 
-def _us(work: traffic.Work, share: float) -> float:
-    """Microseconds of `share` of an H200's floor."""
-    return floor(work, DEVICES["h200"]).us / share
-
-
 # ---- group_norm_silu -------------------------------------------------------------------------------------------------
 
-_GROUP_NORM_TARGETS = {"vae-1x128x20x256x256": 240.0, "vae-1x512x8x45x80": 22.0}
 _GROUP_NORM_HEADLINES = {"vae-1x128x20x256x256", "vae-1x512x8x45x80", "svd-l0 scale shift"}
 
 
@@ -58,16 +44,13 @@ def _group_norm_silu(level: Level, groups: int, modulated: bool, training: bool,
     def fast(x: Any, weight: Any, bias: Any, scale: Any = None, shift: Any = None, *, impl: str) -> torch.Tensor:
         return ops.group_norm_silu(x, groups, weight, bias, scale=scale, shift=shift, impl=impl)
 
-    forward, work = (traffic.group_norm_silu(level.clip, training=t) for t in (False, training))
-    target = _GROUP_NORM_TARGETS.get(label)
-    if target is not None and training:  # the backward's share of its 5T
-        target += _us(work, 0.85) - _us(forward, 0.85)
+    work = traffic.group_norm_silu(level.clip, training=training)
     headline = label in _GROUP_NORM_HEADLINES
     return GpuCase(
         "group_norm_silu", label, work, tensors, baseline, fast,
         axes=(1, 0, 0, 1, 1)[: 5 if modulated else 3], out_axis=1, grain=width,
         training=training, channels_last=channels_last, compile_mode=_compile_mode(training, headline),
-        target_us=target, headline=headline,
+        headline=headline,
     )  # fmt: skip
 
 
@@ -77,13 +60,12 @@ def _group_norms() -> list[GpuCase]:
         case
         for level, groups in levels
         for modulated in (False, True)
-        for case in _passes(partial(_group_norm_silu, level, groups, modulated))
+        for case in passes(partial(_group_norm_silu, level, groups, modulated))
     ]
 
 
 # ---- temporal_attention ----------------------------------------------------------------------------------------------
 
-_ATTENTION_TARGETS = {"svd-l0": 310.0, "animatediff-l0": 90.0}
 _ATTENTION_HEADLINES = {"svd-l0", "animatediff-l0", "vdm-l0 bias rotary"}
 
 
@@ -103,15 +85,12 @@ def _temporal_attention(level: Level, positioned: bool, training: bool, channels
         return y.permute(0, 3, 4, 1, 2).flatten(1, 2).unflatten(3, q.shape[3:])
 
     work = traffic.temporal_attention(level.sequences, frames, dim, training=training)
-    target = _ATTENTION_TARGETS.get(label)
-    if target is not None and training:  # 80 % of eight passes over a tensor of q's size: the contract's own count
-        target += _us(traffic.temporal_attention(level.sequences, frames, dim), 0.8) * 2
     headline = label in _ATTENTION_HEADLINES
     return GpuCase(
         "temporal_attention", label, work, tensors, partial(eager.temporal_attention, heads=heads), fast,
         axes=(3, 3, 3, None, None, None)[: 6 if positioned else 3], out_axis=3, differentiable=4 if positioned else 3,
         training=training, channels_last=channels_last, baselines=sdpa.baselines(heads),
-        compile_mode=_compile_mode(training, headline), target_us=target, headline=headline,
+        compile_mode=_compile_mode(training, headline), headline=headline,
     )  # fmt: skip
 
 
@@ -127,7 +106,7 @@ def _attentions() -> list[GpuCase]:
     return [
         case
         for level, positioned in [*plain, *((level, True) for level in VDM)]
-        for case in _passes(partial(_temporal_attention, level, positioned))
+        for case in passes(partial(_temporal_attention, level, positioned))
     ]
 
 
@@ -156,13 +135,12 @@ def _block(level: Level, training: bool, channels_last: bool) -> GpuCase:
     return GpuCase(
         "temporal_attention_block", level.name, work, tensors, partial(eager.temporal_attention_block, heads=heads),
         fast, axes=(3, *[None] * 7), out_axis=3, training=training, channels_last=channels_last,
-        compile_mode=_compile_mode(training, first), target_us=80.0 if first and not training else None,
-        headline=first,
+        compile_mode=_compile_mode(training, first), headline=first,
     )  # fmt: skip
 
 
 def _blocks() -> list[GpuCase]:
-    return [case for level in (*VDM, SVD[0], ANIMATEDIFF[0]) for case in _passes(partial(_block, level))]
+    return [case for level in (*VDM, SVD[0], ANIMATEDIFF[0]) for case in passes(partial(_block, level))]
 
 
 # ---- ddim_step -------------------------------------------------------------------------------------------------------
@@ -201,8 +179,7 @@ def _ddim_step(label: str, shape: tuple[int, ...], kind: str) -> GpuCase:
         "ddim_step", f"{label} guidance {kind}", work, tensors, baseline, fast,
         axes=() if noisy else (axis,) * 3, out_axis=axis, draws=noisy,
         oracle=None if kind == "clip" else partial(fast, impl="reference"),  # torch.quantile stops at 16M elements
-        compile_mode=_compile_mode(False, headline), target_us=_us(work, 0.88) if label in _LARGE else None,
-        headline=headline,
+        compile_mode=_compile_mode(False, headline), headline=headline,
     )  # fmt: skip
 
 
@@ -225,59 +202,8 @@ def _steps() -> list[GpuCase]:
     ]
 
 
-# ---- conv3d ----------------------------------------------------------------------------------------------------------
+def _aimed(case: GpuCase) -> GpuCase:
+    return replace(case, target_us=targets.microseconds(case.op, case.name, case.work))
 
 
-def _conv3d(level: Level, kernel: tuple[int, int, int], training: bool, channels_last: bool) -> GpuCase:
-    channels = level.channels
-    fan_in = channels * kernel[0] * kernel[1] * kernel[2]
-
-    def tensors(draw: Draw) -> Tensors:
-        weight = draw.normal(channels, channels, *kernel, scale=fan_in**-0.5)
-        return (draw.normal(*level.clip), weight, draw.normal(channels))
-
-    def fast(x: Any, weight: Any, bias: Any, *, impl: str) -> torch.Tensor:
-        return ops.conv3d(x, weight, bias, padding="same", impl=impl)
-
-    return GpuCase(
-        "conv3d", f"{level.name} kernel {'x'.join(map(str, kernel))}",
-        traffic.conv3d(level.batch, channels, channels, level.clip[2:], kernel, training=training),
-        tensors, eager.conv3d, fast, axes=(0, None, None), out_axis=0, training=training, channels_last=channels_last,
-    )  # fmt: skip
-
-
-def _conv3d_epilogue(level: Level, kernel: tuple[int, int, int], channels_last: bool) -> GpuCase:
-    """The second convolution of a residual block: bias, the time embedding's channel bias, and the residual."""
-    batch, channels = level.batch, level.channels
-    plain = _conv3d(level, kernel, False, channels_last)
-
-    def tensors(draw: Draw) -> Tensors:
-        return (*plain.tensors(draw), draw.normal(batch, channels), draw.normal(*level.clip))
-
-    def baseline(x: Any, weight: Any, bias: Any, channel_bias: Any, residual: Any) -> torch.Tensor:
-        return eager.conv3d(x, weight, bias) + channel_bias[..., None, None, None] + residual
-
-    def fast(x: Any, weight: Any, bias: Any, channel_bias: Any, residual: Any, *, impl: str) -> torch.Tensor:
-        epilogue = {"channel_bias": channel_bias, "residual": residual}
-        return ops.conv3d(x, weight, bias, padding="same", **epilogue, impl=impl)
-
-    read = math.prod(level.clip) * traffic.BF16  # the residual
-    work = replace(plain.work, moved=plain.work.moved + read, least=plain.work.least + read)
-    return replace(
-        plain, label=f"{plain.label} epilogue", work=work, tensors=tensors, eager=baseline, fast=fast,
-        axes=(*plain.axes, 0, 0), compile_mode="default",
-    )  # fmt: skip
-
-
-def _convolutions() -> list[GpuCase]:
-    levels = (SVD[0], SVD[1], SVD[3], ANIMATEDIFF[0], ANIMATEDIFF[2], VDM[0])
-    kernels = ((1, 3, 3), (3, 1, 1))
-    plain = [(level, kernel) for level in levels for kernel in kernels] + [(VAE[1], (3, 3, 3))]
-    return [
-        *(case for level, kernel in plain for case in _passes(partial(_conv3d, level, kernel))),
-        *(_conv3d_epilogue(level, kernel, last) for level in (SVD[0], VDM[0]) for kernel in kernels
-          for last in (False, True)),
-    ]  # fmt: skip
-
-
-CASES = (*_group_norms(), *_attentions(), *_blocks(), *_steps(), *_convolutions())
+CASES = tuple(map(_aimed, (*_group_norms(), *_attentions(), *_blocks(), *_steps(), *gpu_convolutions.cases())))

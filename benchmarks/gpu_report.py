@@ -6,23 +6,32 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from benchmarks import cudnn
 from benchmarks.record import Record, Row
 from benchmarks.sdpa import BACKENDS, CORE
 
-_FIRST = ("eager", "eager channels_last", "torch.compile")
+_FIRST = ("eager", "eager channels_last", "eager contiguous", "torch.compile")
+_NO_BASELINE = "no baseline"
+NETWORKS = ("VideoUNet", "swap_kernels")
+_NETWORK_PROVIDERS = (*_FIRST[:2], "torch.compile", "torch.compile max-autotune", "fastvdiff")
 Case = dict[str, Any]
 
 
-def text(rows: Sequence[Row], width: int) -> str:
+def text(rows: Sequence[Row], width: int, cudnn_version: int | None) -> str:
     """The session's table: short, for the results file has the rest."""
+    note = cudnn.note({"cudnn": cudnn_version})
     lines = [
-        f"{'case':{width}}  {'impl':9}{'eager':>9}{'best other':>12}{'ours us':>9}{'rate':>12}{'reached':>9}  target"
+        *([note] if note else []),
+        f"{'case':{width}}  {'impl':9}{'eager':>9}{'best other':>12}{'ours us':>9}{'rate':>12}{'reached':>9}  target",
     ]
     for row in rows:
         if not row.correct:
             lines.append(f"{row.case:{width}}  {row.impl:9}FAILED: {row.failure}")
             continue
-        case = asdict(row)
+        case = _marked(asdict(row), cudnn_version)
+        if case["op"] in NETWORKS:
+            lines.append(f"{row.case:{width}}  " + "  ".join(f"{k} {v}" for k, v in _network_cells(case).items() if v))
+            continue
         other = _best_other(case)
         lines.append(
             f"{row.case:{width}}  {row.impl:9}{_us(case, 'eager'):>9}{other[1] if other else '':>12}"
@@ -44,10 +53,10 @@ def headline(record: Record, page: str) -> str:
         "against best": _against_best,
         "target": _target,
     }
-    shown = [case for case in record["cases"] if not case["correct"] or case["device"]["headline"]]
-    return "\n".join(
-        [_caption(record) + f" [All cases, who declined, and memory]({page}).", "", *_table(columns, shown)]
-    )
+    cases, networks = _cases(record)
+    shown = [case for case in cases if not case["correct"] or case["device"]["headline"]]
+    lines = [_caption(record) + f" [All cases, who declined, and memory]({page}).", "", *_table(columns, shown)]
+    return "\n".join([*lines, *_network_table(networks)])
 
 
 def page(record: Record) -> str:
@@ -62,23 +71,71 @@ def page(record: Record) -> str:
         "",
         f"Cold L2 unless said: {record['flush']}. Calls are replayed from CUDA graphs, providers take turns, and the"
         f" order turns around every round. A graph of one tiny kernel reads {session['empty_us']:.1f} us on this clock."
-        f" CUDA {record['cuda']}, cuDNN {record['cudnn']}, driver {session['driver'] or 'unknown'}, Triton"
+        f" CUDA {record['cuda']}, cuDNN {cudnn.words(record['cudnn'])}, driver {session['driver'] or 'unknown'}, Triton"
         f" {record['triton']}, Python {record['python']}, fastvdiff {record['fastvdiff']}.",
     ]
-    for op in dict.fromkeys(case["op"] for case in record["cases"]):
-        cases = [{**case, "case": case["case"].removeprefix(f"{op}-")} for case in record["cases"] if case["op"] == op]
-        lines += ["", f"## {op}", "", *_op_tables(cases)]
+    cases, networks = _cases(record)
+    for op in dict.fromkeys(case["op"] for case in cases):
+        of_op = [{**case, "case": case["case"].removeprefix(f"{op}-")} for case in cases if case["op"] == op]
+        lines += ["", f"## {op}", "", *_op_tables(of_op)]
+    lines += ["", "## Whole networks", *_network_table(networks)] if networks else []
     return "\n".join([*lines, *_refusals(record["cases"])]) + "\n"
 
 
 def _caption(record: Record) -> str:
     session = record["session"]
+    note = cudnn.note(record)
     return (
-        f'{record["device"]}, torch {record["torch"]}, bfloat16; median device time in microseconds. "Reached" is the'
+        f"{record['device']}, torch {record['torch']}, cuDNN {cudnn.words(record['cudnn'])}, bfloat16; median device"
+        ' time in microseconds. "Reached" is the'
         f" share of the device's own measured rates, a copy at {session['copy_bytes_per_second'] / 1e12:.2f} TB/s and a"
         f" matrix product at {session['bf16_flop_per_second'] / 1e12:.0f} TFLOP/s, by the bytes that the kernel"
-        " reads and writes; what it finds in the L2 again can bring it past 100 %."
+        " reads and writes; what it finds in the L2 again can bring it past 100 %." + (f" {note}" if note else "")
     )
+
+
+def _cases(record: Record) -> tuple[list[Case], list[Case]]:
+    """The ops' cases and the networks'."""
+    marked = [_marked(case, record["cudnn"]) for case in record["cases"]]
+    return [c for c in marked if c["op"] not in NETWORKS], [c for c in marked if c["op"] in NETWORKS]
+
+
+def _network_table(networks: list[Case]) -> list[str]:
+    """Times and memory of whole networks, with a line of their own above."""
+    if not networks:
+        return []
+    names = ("case", *_NETWORK_PROVIDERS, "against eager", "target", "peak memory")
+    columns = {name: (lambda c, name=name: _network_cells(c)[name]) for name in names[1:]}
+    return [
+        "",
+        "Whole networks as a user launches them, host included: medians in milliseconds, and the most memory that the"
+        " activations and gradients of one call held, eager's and fastvdiff's, in MB.",
+        "",
+        *_table({"case": lambda c: c["case"], **columns}, networks),
+    ]
+
+
+def _network_cells(case: Case) -> dict[str, str]:
+    times, refused, goal = case["times"], case.get("refused", {}), case["target"]
+    mark = cudnn.MARK if case["doubtful"] else ""
+    cells = {
+        name: f"{times[name]['median']:.1f}{mark if name != 'fastvdiff' else ''}" if name in times else ""
+        for name in _NETWORK_PROVIDERS
+    }
+    cells |= {name: "declined" for name in refused if name in cells}
+    ratio = times["eager"]["median"] / times["fastvdiff"]["median"] if "eager" in times else None
+    compared = ratio is not None and not case["doubtful"]
+    cells["against eager"] = f"{ratio:.2f}x" if compared else _NO_BASELINE
+    verdict = ("met" if ratio >= goal else "missed") if compared and goal else ""
+    cells["target"] = f"{goal:.1f}x {verdict}".strip() if goal else ""
+    peaks = [case["extra"].get(f"peak MB {name}") for name in ("eager", "fastvdiff")]
+    cells["peak memory"] = " to ".join("declined" if peak is None else f"{peak:.0f}" for peak in peaks)
+    return cells
+
+
+def _marked(case: Case, version: int | None) -> Case:
+    """The case, and whether what it says about others is from a cuDNN that is no baseline."""
+    return {**case, "doubtful": cudnn.doubtful(version, case["op"])}
 
 
 def _op_tables(cases: list[Case]) -> list[str]:
@@ -129,6 +186,17 @@ def _op_tables(cases: list[Case]) -> list[str]:
         },
         right,
     )
+    whole = [case for case in right if case["op"].endswith("conv3d") and case["case"].endswith("forward")]
+    if whole:
+        lines += ["", "Workspace: what of that is not the result, in MB:", ""]
+        lines += _table(
+            {
+                "case": lambda c: c["case"],
+                **{n: lambda c, n=n: _megabytes(c, n, "result_bytes") for n in (*providers, "fastvdiff")},
+                "implementation": lambda c: c["impl"],
+            },
+            whole,
+        )
     return lines
 
 
@@ -146,7 +214,7 @@ def _refusals(cases: list[Case]) -> list[str]:
     """Every sentence with which somebody declined, and for which cases."""
     found: dict[tuple[str, str], list[str]] = {}
     for case in cases:
-        for name, sentence in (case["device"]["refused"] if case["correct"] else {}).items():
+        for name, sentence in (_refused(case) if case["correct"] else {}).items():
             found.setdefault((name, sentence), []).append(case["case"])
     lines = ["", "## Who declined", ""] if found else []
     for (name, sentence), names in sorted(found.items()):
@@ -156,6 +224,10 @@ def _refusals(cases: list[Case]) -> list[str]:
     if wrong:
         lines += ["", "## Not right", "", *(f"- {c['case']} ({c['impl']}): {c['failure']}" for c in wrong)]
     return lines
+
+
+def _refused(case: Case) -> dict[str, str]:
+    return case.get("refused", {}) if case["op"] in NETWORKS else case["device"]["refused"]
 
 
 def _everybody(case: Case) -> dict[str, Any]:
@@ -185,7 +257,10 @@ def _of(times: dict[str, Any], name: str) -> str:
 
 
 def _us(case: Case, name: str) -> str:
-    return "declined" if name in case["device"]["refused"] else _of(case["times"], name)
+    if name in case["device"]["refused"]:
+        return "declined"
+    marked = case["doubtful"] and name in case["times"] and name != "fastvdiff"
+    return _of(case["times"], name) + (cudnn.MARK if marked else "")
 
 
 def _quartiles(case: Case, name: str) -> str:
@@ -201,6 +276,8 @@ def _best_other(case: Case) -> tuple[str, str] | None:
 
 
 def _against(case: Case, name: str) -> str:
+    if case["doubtful"]:
+        return _NO_BASELINE
     return f"{_median(case, name) / _median(case, 'fastvdiff'):.2f}x"
 
 
@@ -232,6 +309,7 @@ def _target(case: Case) -> str:
     return f"{goal:.1f} {'met' if _median(case, 'fastvdiff') <= goal else 'missed'}"
 
 
-def _megabytes(case: Case, name: str) -> str:
+def _megabytes(case: Case, name: str, less: str = "") -> str:
+    """A provider's peak, less what `less` names of it."""
     peaks = case["device"]["peak_bytes"]
-    return f"{peaks[name] / 1e6:.0f}" if name in peaks else ""
+    return f"{(peaks[name] - (case['device'][less][name] if less else 0)) / 1e6:.0f}" if name in peaks else ""

@@ -117,6 +117,8 @@ def invite(case: GpuCase, tensors: Tensors, impls: list[str], compiled: bool) ->
     found.invite("eager", provider(case.eager, tensors))
     if not case.channels_last and any(t.dim() == 5 for t in tensors):
         found.invite("eager channels_last", provider(case.eager, case.in_format(tensors, True)))
+    if case.channels_last and case.other_format:
+        found.invite("eager contiguous", provider(case.eager, case.in_format(tensors, False)))
     if compiled and case.compile_mode is not None:
         torch.compiler.reset()
         mode = None if case.compile_mode == "default" else case.compile_mode
@@ -142,11 +144,12 @@ def measure(
     drive: Callable[[DeviceRace], None] | None,
 ) -> list[Row]:  # fmt: skip
     """A row per implementation of the case: checked first, and raced by `drive` if it is right; None only checks."""
-    impls, refused = implementations(case, tensors)
-    checked, made = check(case, tensors, impls)
-    if drive is not None and checked:
-        with _best_convolutions():
-            made += _raced(case, tensors, device, limits, checked, refused, compiled, drive)
+    with _convolutions_in(case):
+        impls, refused = implementations(case, tensors)
+        checked, made = check(case, tensors, impls)
+        if drive is not None and checked:
+            with best_convolutions():
+                made += _raced(case, tensors, device, limits, checked, refused, compiled, drive)
     return made
 
 
@@ -162,17 +165,35 @@ def _raced(
     if not checked:
         return made
     found.refused |= refused
+    returned = {name: _bytes_of(call()) for name, call in found.calls.items()}
     peaks = {name: device.peak_bytes(call) for name, call in found.calls.items()}
     race = DeviceRace(device, OURS + next(iter(checked)), found.calls)
     race.prepare()
     drive(race)
     if sum(t.numel() * t.element_size() for t in tensors) < SMALL:
         race.warm()
-    return made + rows(case, race, found, checked, limits, peaks)
+    return made + rows(case, race, found, checked, limits, peaks, returned)
+
+
+def _bytes_of(result: Any) -> int:
+    """The memory of what a call gives back."""
+    tensors = result if isinstance(result, tuple) else (result,)
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 @contextlib.contextmanager
-def _best_convolutions() -> Iterator[None]:
+def _convolutions_in(case: GpuCase) -> Iterator[None]:
+    """Everybody's float32 convolutions may multiply as tf32 within the block if that is the case's subject."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if case.tf32 else before
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+@contextlib.contextmanager
+def best_convolutions() -> Iterator[None]:
     """cuDNN tries its algorithms for what is timed, not for the float64 that it is checked with."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
@@ -183,8 +204,9 @@ def _best_convolutions() -> Iterator[None]:
 
 
 def rows(
-    case: GpuCase, race: DeviceRace, found: Field, checked: dict[str, str], limits: Limits, peak_bytes: dict[str, int]
-) -> list[Row]:
+    case: GpuCase, race: DeviceRace, found: Field, checked: dict[str, str], limits: Limits, peak_bytes: dict[str, int],
+    result_bytes: dict[str, int],
+) -> list[Row]:  # fmt: skip
     """A row per implementation: everybody's times beside its own, which is called "fastvdiff"."""
     made = []
     times, warm, lowest = race.spreads(), race.warm_spreads(), floor(case.work, limits)
@@ -199,7 +221,8 @@ def rows(
             bytes_moved=case.work.moved, bytes_least=case.work.least, flops=case.work.flops,
             floor_us=lowest.us, binds=lowest.binds, target_us=target(case.work, case.target_us, limits),
             headline=case.headline, checked=sentence, warm=of(warm), refused=found.refused,
-            peak_bytes=of(peak_bytes), launched=[n.replace(mine, "fastvdiff") for n in race.launched],
+            peak_bytes=of(peak_bytes), result_bytes=of(result_bytes),
+            launched=[n.replace(mine, "fastvdiff") for n in race.launched],
         )  # fmt: skip
         made.append(Row(case.op, impl, case.name, True, of(times), device=device))
     return made

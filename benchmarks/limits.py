@@ -52,7 +52,7 @@ class Floor:
 def floor(work: Work, limits: Limits, *, least: bool = False) -> Floor:
     """The floor of `work` by the bytes that our kernels move, or by the least that any kernel must."""
     memory = 1e6 * (work.least if least else work.moved) / limits.copy
-    arithmetic = 1e6 * work.flops / (limits.matrix if work.matrix else limits.vector)
+    arithmetic = 1e6 * work.flops / (limits.matrix * work.rate if work.matrix else limits.vector)
     return Floor(memory, "memory") if memory >= arithmetic else Floor(arithmetic, "arithmetic")
 
 

@@ -38,6 +38,7 @@ class OnDevice:
     warm: dict[str, Spread] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    result_bytes: dict[str, int] = field(default_factory=dict)  # of what a call gives back: its peak less this is extra
     launched: list[str] = field(default_factory=list)  # providers that no graph could capture
 
 
@@ -54,6 +55,7 @@ class Row:
     failure: str = ""
     extra: dict[str, float] = field(default_factory=dict)
     device: OnDevice | None = None
+    refused: dict[str, str] = field(default_factory=dict)  # of whole networks' providers
 
     @property
     def speedup(self) -> float:
@@ -62,7 +64,8 @@ class Row:
 
     def record(self) -> Record:
         """The row as the results file has it; milliseconds to six digits."""
-        return _rounded({name: value for name, value in asdict(self).items() if name != "device" or value is not None})
+        optional = ("device", "refused")
+        return _rounded({name: value for name, value in asdict(self).items() if value or name not in optional})
 
 
 def _rounded(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the results say: the table at the end of a session, the README's tables, and a page per GPU.
+"""What the results say: the table at the end of a session, the README's tables, the goals, and a page per GPU.
 
 `python -m benchmarks.report` writes the tables from benchmarks/results; `--from FOLDER` first adds the results files
 found there (of another machine, or of partial runs).
@@ -12,18 +12,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import gpu_report
+from benchmarks import gpu_report, target_report
 from benchmarks.record import RESULTS, ROOT, Record, Row, keep
 
 PROVIDERS = ("eager", "eager channels_last", "torch.compile", "reference", "fastvdiff")
 START, END = "<!-- results: written by python -m benchmarks.report -->", "<!-- end of results -->"
 
 
-def text(rows: Sequence[Row]) -> str:
-    """The session's table."""
+def text(rows: Sequence[Row], facts: Record) -> str:
+    """The session's table; `facts` are its device's."""
     width = max((len(row.case) for row in rows), default=4)
-    if any(row.device for row in rows):
-        return gpu_report.text(rows, width)
+    if "backend" in facts:
+        return gpu_report.text(rows, width, facts.get("cudnn"))
     head = [f"{'case':{width}}", *(f"{name:>20}" for name in PROVIDERS), "  against eager   target"]
     lines = ["".join(head)]
     for row in rows:
@@ -104,9 +104,10 @@ def write(results: Path = RESULTS, readme: Path = ROOT / "README.md") -> list[Pa
     """Put the tables of all results files between the README's markers, and each GPU's own beside its results.
 
     Returns the files written. A GPU's page stands in its folder; the README shows its headline cases. The machine
-    with the most cases comes first.
+    with the most cases comes first. What became of the goals is in docs/targets.md.
     """
-    tables, written = [], [readme]
+    goals = readme.parent / "docs" / "targets.md"
+    tables, written = [], [readme, goals]
     records = [(file, json.loads(file.read_text())) for file in sorted(results.rglob("*.json"))]
     for file, record in sorted(records, key=lambda each: -len(each[1]["cases"])):
         if "backend" not in record:
@@ -116,6 +117,8 @@ def write(results: Path = RESULTS, readme: Path = ROOT / "README.md") -> list[Pa
         page.write_text(gpu_report.page(record))
         written.append(page)
         tables.append(gpu_report.headline(record, page.relative_to(readme.parent).as_posix()))
+    goals.parent.mkdir(exist_ok=True)
+    goals.write_text(target_report.page([record for _, record in records]))
     before, _, rest = readme.read_text().partition(START)
     after = rest.partition(END)[2]
     joined = "\n\n".join(tables)

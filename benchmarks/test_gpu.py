@@ -14,10 +14,17 @@ from benchmarks.gpu_case import GpuCase
 from benchmarks.gpu_cases import CASES
 from benchmarks.limits import Limits
 from benchmarks.record import Recorder
+from benchmarks.targets import covering
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.goals] if covering("cuda", case.op, case.name) else [])
+        for case in CASES
+    ],
+)
 def test_gpu(case: GpuCase, benchmark: Any, recorder: Recorder, gpu: tuple[Cuda, Limits]) -> None:
     """A case that is not right prints FAILED, never a time; its other implementations are still measured."""
     device, limits = gpu
@@ -34,18 +41,10 @@ def test_gpu(case: GpuCase, benchmark: Any, recorder: Recorder, gpu: tuple[Cuda,
     except torch.OutOfMemoryError as error:
         pytest.skip(f"needs more memory than this device has: {str(error).partition('.')[0]}")
     finally:
-        _end_if_lost(device)
+        device.end_if_lost()
         device.release()
     recorder.rows += rows
     recorder.save()  # now: what is measured outlives a session that is cut short
     wrong = [row for row in rows if not row.correct]
     if wrong:
         pytest.fail("; ".join(f"{row.impl}: {row.failure}" for row in wrong), pytrace=False)
-
-
-def _end_if_lost(device: Cuda) -> None:
-    """A kernel that wrote where it must not takes the whole CUDA context with it: no later case can be trusted."""
-    try:
-        device.synchronize()
-    except RuntimeError as error:
-        pytest.exit(f"the device is lost to this process: {str(error).partition(chr(10))[0]}", returncode=1)

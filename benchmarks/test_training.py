@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-import fastvdiff
 from benchmarks import lucidrains
 from benchmarks.memory import peak_bytes
+from benchmarks.networks import leave_no_zeros, on_reference
 from benchmarks.record import Recorder
 from benchmarks.timing import Race
 from fastvdiff.cli.train import ASSETS
@@ -44,8 +44,7 @@ def _trainer(folder: Path, name: str, batch: int, changes: dict[str, Any]) -> Tr
         config.write_text(f"[optimizer]\nwarmup_steps = 0\n[model.changes]\n{lines}\n")
     trainer = Trainer(TrainConfig.load(config, [*overrides, "run.steps=1000000", f"run.batch_size={batch}"]))
     torch.manual_seed(0)
-    for parameter in trainer.modules["unet"].parameters():  # away from the zero-initialised projections
-        torch.nn.init.normal_(parameter, std=0.05) if not parameter.any() else None
+    leave_no_zeros(trainer.modules["unet"], 0.05)
     return trainer
 
 
@@ -60,14 +59,6 @@ def _step(trainer: Trainer) -> Any:
     return step
 
 
-def _on_reference(step: Any) -> Any:
-    def run() -> Any:
-        with fastvdiff.use_impl("reference"):
-            return step()
-
-    return run
-
-
 @pytest.mark.parametrize(
     ("name", "batch", "changes"),
     [("tiny", 4, {}), ("shapes", 8, {}), ("vdm-32", 1, LUCIDRAINS)],
@@ -80,7 +71,7 @@ def test_training_step(
     trainers = {
         provider: _trainer(tmp_path, f"{name}-{provider}", batch, changes) for provider in ("eager", "fastvdiff")
     }
-    providers = {"eager": _on_reference(_step(trainers["eager"])), "fastvdiff": _step(trainers["fastvdiff"])}
+    providers = {"eager": on_reference(_step(trainers["eager"])), "fastvdiff": _step(trainers["fastvdiff"])}
     losses = {provider: float(step()) for provider, step in providers.items()}
     assert losses["fastvdiff"] == pytest.approx(losses["eager"], rel=1e-4)
     if benchmark.disabled:

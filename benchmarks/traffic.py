@@ -8,19 +8,23 @@ Norms and the sampler's step run on the vector units, attention and convolutions
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BF16 = 2
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one call does: bytes through device memory and floating-point operations."""
+    """What one call does: bytes through device memory and floating-point operations.
+
+    `rate` is the share of the matrix units' bf16 rate that they have for the call's dtype: tf32's is half of it.
+    """
 
     moved: int
     least: int
     flops: int
     matrix: bool
+    rate: float = 1.0
 
     @property
     def intensity(self) -> float:
@@ -84,14 +88,56 @@ def ddim_step(
 
 
 def conv3d(
-    batch: int, in_channels: int, out_channels: int, thw: tuple[int, int, int], kernel: tuple[int, int, int],
-    *, training: bool = False, size: int = BF16,
+    batch: int, in_channels: int, out_channels: int, thw: tuple[int, ...], kernel: tuple[int, ...],
+    *, stride: tuple[int, ...] = (1, 1, 1), training: bool = False, size: int = BF16,
 ) -> Work:  # fmt: skip
-    """Input, weight and output once; the backward is two more convolutions. Stride 1, output as large as the input."""
-    rows = batch * math.prod(thw)
+    """Input, weight and output once; the backward is two more convolutions. Padded by half of an odd kernel."""
+    rows_in, rows_out = batch * math.prod(thw), batch * math.prod(strided(thw, stride))
     weight = in_channels * out_channels * math.prod(kernel)
-    bytes_in, bytes_out, bytes_weight = rows * in_channels * size, rows * out_channels * size, weight * size
-    moved, flops = bytes_in + bytes_out + bytes_weight, 2 * rows * weight
+    bytes_in, bytes_out, bytes_weight = rows_in * in_channels * size, rows_out * out_channels * size, weight * size
+    moved, flops = bytes_in + bytes_out + bytes_weight, 2 * rows_out * weight
     if training:  # data gradient: dy, weight -> dx; weight gradient: x, dy -> dweight
         moved, flops = moved + 2 * bytes_out + 2 * bytes_in + 2 * bytes_weight, 3 * flops
-    return Work(moved, moved, flops, True)
+    return Work(moved, moved, flops, True, 1.0 if size == BF16 else 0.5)
+
+
+def strided(thw: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """(T, H, W) of what a convolution of this stride makes, padded by half of an odd kernel."""
+    return tuple((n - 1) // s + 1 for n, s in zip(thw, stride, strict=True))
+
+
+def with_epilogue(convolution: Work, result: int, *, training: bool) -> Work:
+    """The residual is read in the epilogue; in the backward dy once more, for its sums. `result`: bytes of y."""
+    more = (2 if training else 1) * result
+    return replace(convolution, moved=convolution.moved + more, least=convolution.least + more)
+
+
+def then_norm(convolution: Work, result: int, *, training: bool) -> Work:
+    """A norm and SiLU after it that know their statistics: y read, the activation written; the backward's 5T."""
+    return replace(convolution, moved=convolution.moved + (7 if training else 2) * result)
+
+
+def norm_before(convolution: Work, tensor: int, *, training: bool) -> Work:
+    """A norm and SiLU of x, whose statistics are known, on its way in: no traffic forward. `tensor`: bytes of x.
+
+    The backward makes the activation again (2T) and goes through the norm (5T).
+    """
+    if not training:
+        return convolution
+    return replace(convolution, moved=convolution.moved + 7 * tensor)
+
+
+def resnet_block(
+    batch: int, channels: int, thw: tuple[int, ...], kernel: tuple[int, ...], *, training: bool = False
+) -> Work:
+    """Two convolutions of as many channels, a norm and SiLU before each, channel bias, residual: 5T forward.
+
+    The first reads x and writes h, the second reads h and x and writes y; the statistics are known beforehand.
+    """
+    tensor = batch * channels * math.prod(thw) * BF16
+    one = norm_before(conv3d(batch, channels, channels, thw, kernel, training=training), tensor, training=training)
+    last = with_epilogue(one, tensor, training=training)
+    shortcut = 3 * tensor if training else 0  # dx of both ways is added
+    weights = 2 * channels * channels * math.prod(kernel) * BF16
+    least = (2 + 2 * training) * tensor + (1 + training) * weights
+    return Work(one.moved + last.moved + shortcut, least, one.flops + last.flops, True)

@@ -28,9 +28,17 @@ def right(case: str, impl: str = "triton", op: str = "temporal_attention", **dev
     given = {
         "bytes_moved": 215_000_000, "bytes_least": 215_000_000, "flops": 10**9, "floor_us": 50.0, "binds": "memory",
         "target_us": None, "headline": False, "checked": "all elements, 1 piece: output 1e-03 of 2e-03",
+        "peak_bytes": dict.fromkeys(times, 10**6), "result_bytes": dict.fromkeys(times, 10**6),
     }  # fmt: skip
     spreads = {name: at(us) for name, us in times.items()}
     return Row(op, impl, case, True, spreads, device=OnDevice(**{**given, **device}))
+
+
+def network(case: str, times: dict[str, float], op: str = "swap_kernels", refused: dict[str, str] | None = None) -> Row:
+    """A whole network's milliseconds; its peaks are ten times as many MB."""
+    spreads = {name: at(1e3 * ms) for name, ms in times.items()}
+    peaks = {f"peak MB {name}": 10 * ms for name, ms in times.items()}
+    return Row(op, "triton", case, True, spreads, 2.0, extra=peaks, refused=refused or {})
 
 
 def wrong(case: str, impl: str = "triton", op: str = "temporal_attention") -> Row:

@@ -43,8 +43,10 @@ def test_a_right_case_is_raced(case: GpuCase) -> None:
     assert row.correct
     assert {"eager", "fastvdiff"} <= set(row.times)
     assert ("eager channels_last" in row.times) != case.channels_last
+    assert ("eager contiguous" in row.times) == (case.channels_last and case.op.endswith("conv3d"))
     assert row.device.checked.startswith("all elements")
-    assert row.device.peak_bytes.keys() == row.times.keys()
+    assert row.device.peak_bytes.keys() == row.device.result_bytes.keys() == row.times.keys()
+    assert len(set(row.device.result_bytes.values())) == 1  # everybody gives back the same
     assert row.device.warm.keys() == row.times.keys()  # these tensors fit into any L2
     assert row.device.bytes_moved == case.work.moved
     if case.training:

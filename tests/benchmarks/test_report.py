@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import gpu_report, report
 from benchmarks.record import RESULTS, ROOT, keep
-from tests.benchmarks.results import record, right, wrong
+from tests.benchmarks.results import FACTS, network, record, right, wrong
 
 EVERYBODY = {
     "eager": 800.0, "eager channels_last": 700.0, "torch.compile": 500.0, "sdpa-flash": 300.0, "sdpa-flash core": 90.0,
@@ -77,7 +77,7 @@ def test_a_page_has_everybody_and_why_some_declined() -> None:
 
 def test_the_session_table_is_a_line_per_row() -> None:
     made = [right("a", times=EVERYBODY, target_us=90.0), right("a", "cuda"), wrong("b")]
-    lines = report.text(made).splitlines()
+    lines = report.text(made, FACTS).splitlines()
     assert len(lines) == 4
     assert lines[1].split() == ["a", "triton", "800.0", "300.0", "100.0", "2.15", "TB/s", "50%", "90.0", "missed"]
     assert "FAILED: output" in lines[3]
@@ -88,7 +88,7 @@ def test_tables_are_written_between_the_marks(tmp_path: Path) -> None:
     readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
     keep(record(right("svd-l0", headline=True)), results)
     page = results / "nvidia-h200" / "README.md"
-    assert report.write(results, readme) == [readme, page]
+    assert report.write(results, readme) == [readme, tmp_path / "docs" / "targets.md", page]
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -142,3 +142,58 @@ def test_results_from_elsewhere_are_added(
     with pytest.raises(SystemExit):
         report.main(["--from", str(tmp_path / "nothing")])
     assert "expected results files (*.json)" in capsys.readouterr().err
+
+
+CONVOLVED = {"eager": 800.0, "eager channels_last": 50.0, "eager contiguous": 900.0, "fastvdiff": 100.0}
+
+
+@pytest.mark.parametrize(("version", "is_baseline"), [(91002, False), (91400, False), (91500, True), (92000, True)])
+def test_an_older_cudnn_is_shown_and_is_no_baseline(version: int, is_baseline: bool) -> None:
+    conv = right("level", op="conv3d", times=CONVOLVED, headline=True)
+    other = right("norm", op="group_norm_silu", times=CONVOLVED, headline=True)
+    found = record(conv, other, cudnn=version)
+    text = gpu_report.headline(found, "page")
+    cells = rows(text)["level"]
+    assert f"cuDNN 9.{version // 100 % 100}.{version % 100}" in text
+    assert ("before 9.15" in text) != is_baseline
+    assert cells["against best"] == ("0.50x" if is_baseline else "no baseline")
+    mark = "" if is_baseline else "†"
+    assert (cells["eager"], cells["best other"]) == (f"800.0{mark}", f"50.0{mark} eager channels_last")
+    assert cells["fastvdiff"] == "100.0"
+    assert rows(text)["norm"]["against best"] == "0.50x"  # it does not convolve
+    page = gpu_report.page(found)
+    assert ("before 9.15" in page) != is_baseline
+    assert rows(page)["level"]["against eager"] == ("8.00x" if is_baseline else "no baseline")
+    shown = report.text([conv], {**FACTS, "cudnn": version})
+    assert ("before 9.15" in shown) != is_baseline
+    assert f" 800.0{mark} " in shown
+
+
+def test_a_convolutions_workspace_is_its_peak_less_its_result() -> None:
+    peaks, results = {"eager": 9_000_000, "fastvdiff": 4_000_000}, {"eager": 4_000_000, "fastvdiff": 4_000_000}
+    case = right("level-forward", op="conv3d", peak_bytes=peaks, result_bytes=results)
+    cells = rows(gpu_report.page(record(case)).partition("Workspace")[2])["level-forward"]
+    assert (cells["eager"], cells["fastvdiff"]) == ("5", "0")
+    assert "Workspace" not in gpu_report.page(record(right("svd-l0-forward", peak_bytes=peaks, result_bytes=results)))
+
+
+def test_whole_networks_have_a_table_beside_the_ops() -> None:
+    times = {"eager": 800.0, "torch.compile": 600.0, "fastvdiff": 500.0}
+    svd = network("SVD-forward", times, refused={"eager channels_last": "No."})
+    found = record(right("a", headline=True), svd, wrong("bad", op="VideoUNet"))
+    for text in (gpu_report.headline(found, "page"), gpu_report.page(found)):
+        ops, _, whole = text.partition("Whole networks as")
+        assert "SVD" not in ops
+        cells = rows(whole)["SVD-forward"]
+        assert (cells["eager"], cells["eager channels_last"], cells["torch.compile"]) == ("800.0", "declined", "600.0")
+        assert (cells["against eager"], cells["target"]) == ("1.60x", "2.0x missed")
+        assert cells["peak memory"] == "8000 to 5000"
+        assert rows(whole)["bad"]["eager"] == "FAILED (triton)"
+    assert "- **eager channels_last**: No.: SVD-forward" in gpu_report.page(found)
+    assert "against eager 1.60x" in report.text([svd], FACTS)
+    assert (
+        rows(gpu_report.page({**found, "cudnn": 91000}).partition("Whole networks as")[2])["SVD-forward"][
+            "against eager"
+        ]
+        == "no baseline"
+    )

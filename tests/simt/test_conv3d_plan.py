@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks import conv3d_tiles, traffic
+from benchmarks import conv3d_tiles, gpu_cases, traffic
+from benchmarks.gpu_convolutions import Convolution
 from benchmarks.limits import DEVICES
 from benchmarks.shapes import SVD
 from fastvdiff.native import conv3d_cuda_sm90
@@ -26,7 +27,7 @@ def _on_shim() -> Iterator[None]:
 
 def test_blocks_and_steps_counted_by_hand() -> None:
     """320 channels take 5 columns of 64, not 3 of 128; positions are tiled across samples."""
-    found = conv3d_tiles.rows(SVD[0], (1, 3, 3), torch.bfloat16, A100)
+    found = conv3d_tiles.rows(Convolution(SVD[0], (1, 3, 3)), torch.bfloat16, A100)
     assert {by for _, by in found} == {"cuda"}
     positions = 2 * 25 * 72 * 128
     for name in ("forward", "data_gradient"):
@@ -51,7 +52,7 @@ def test_a_strided_data_gradient_skips_the_taps_that_meet_nothing() -> None:
 
 def test_the_kernel_for_9_0_counted_by_hand() -> None:
     """320 channels are two columns of 160; a multiprocessor holds one block, and its waves are of tiles."""
-    found = conv3d_tiles.rows(SVD[0], (1, 3, 3), torch.bfloat16, H200)
+    found = conv3d_tiles.rows(Convolution(SVD[0], (1, 3, 3)), torch.bfloat16, H200)
     positions = 2 * 25 * 72 * 128
     for name in ("forward", "data_gradient"):
         plan = found[name, "sm90"]
@@ -76,7 +77,7 @@ def test_passes_of_the_kernel_for_9_0() -> None:
 
 def test_occupancy_and_its_table() -> None:
     work = traffic.conv3d(2, 320, 320, SVD[0].clip[2:], (1, 3, 3))
-    plan = conv3d_tiles.rows(SVD[0], (1, 3, 3), torch.bfloat16, H200)["forward", "cuda"]
+    plan = conv3d_tiles.rows(Convolution(SVD[0], (1, 3, 3)), torch.bfloat16, H200)["forward", "cuda"]
     found = conv3d_tiles.occupancy(plan, work.flops, H200)
     assert found.useful == 1.0
     assert found.resident == 264
@@ -84,5 +85,22 @@ def test_occupancy_and_its_table() -> None:
     large = plan._replace(shared_bytes=96 * 1024)
     assert conv3d_tiles.occupancy(large, work.flops, A100).resident == 108
     lines = conv3d_tiles.table("h200", DEVICES["h200"]).splitlines()
-    assert len(lines) == 2 + 5 * 4 * 14  # three passes on the portable kernels, two on the other
+    # Three passes on the portable kernels, two on the other: of every kernel at 14 levels, and of what else the cases
+    # have: 3 or 4 channels and tf32 only on the portable ones, a stride's data gradient too.
+    assert len(lines) == 2 + 5 * 4 * 14 + 3 * 6 + 4 * 3 + 3 * 3
     assert "svd-l0 1x3x3" in lines[7]
+
+
+def test_every_convolution_that_is_measured_is_in_the_table() -> None:
+    shown = {f"{conv.label}{' tf32' if dtype == torch.float32 else ''}" for conv, dtype in conv3d_tiles.CONVOLUTIONS}
+    for case in gpu_cases.CASES:
+        if case.op.endswith("conv3d"):
+            label = case.label
+            for around in (" epilogue", " stats norm", " stats", " resnet block"):
+                label = label.removesuffix(around)
+            assert label in shown
+
+
+def test_the_weight_gradient_in_tf32_has_a_multiprocessor_to_itself() -> None:
+    plan = conv3d_tiles.rows(Convolution(SVD[0], (1, 3, 3)), torch.float32, H200)["weight_gradient", "cuda"]
+    assert conv3d_tiles.occupancy(plan, 1, H200, 1).resident == 132
