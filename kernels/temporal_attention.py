@@ -254,7 +254,7 @@ def _tile_shapes(kernel: str, frames: int, dim: int, layout: str, wide: bool, tu
     """
     backward = kernel.endswith("bwd")
     if layout == "positions":
-        if frames == 32 or turned:
+        if frames == 32 or turned or (backward and dim > 80):  # of which more would not fit into shared memory
             shipped = (8, 8) if backward else (16, 8 if turned else 16)
         else:
             shipped = (16, 8 if wide else 16)

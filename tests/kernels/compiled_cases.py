@@ -36,6 +36,7 @@ LONG = (
       for format in ("channels_last", "contiguous")),
     "group_norm_silu-past-2^31-channels_last", "temporal_attention-svd-l3", "temporal_attention-vdm-l0",
     "temporal_attention-vdm-l1", "temporal_attention-animatediff-l1", "temporal_attention-vdm-l0-channels_first",
+    "temporal_attention-animatediff-l1-channels_first", "temporal_attention-128-channels_first",
     "temporal_attention-64-frames", "temporal_attention-256-frames-160", "temporal_attention_block-vdm-l1",
     "temporal_attention_block-animatediff-l0", "temporal_attention_block-vdm-l0-fp32", "ddim_step-256MB",
 )  # fmt: skip
@@ -117,13 +118,14 @@ def _temporal_attention() -> Iterator[Case]:
     for level, (b, t, h, w, _, heads, d) in LEVELS.items():
         shape = (b, t, h * w, heads, d)
         yield f"temporal_attention-{level}", lambda shape=shape: both(shape)
-    for level in ("svd-l0", "vdm-l0"):
+    for level in ("svd-l0", "vdm-l0", "animatediff-l1", "animatediff-l2"):
         b, t, h, w, _, heads, d = LEVELS[level]
         shape = (b, t, h * w, heads, d)
         yield f"temporal_attention-{level}-channels_first", lambda shape=shape: both(shape, channels_first=True)
     vdm = (4, 16, 64 * 64, 8, 32)
     yield "temporal_attention-vdm-l0-bias-rotary-mask", lambda: both(vdm, bias=True, mask=True, pairs=16)
     yield "temporal_attention-fp32-causal", lambda: both((1, 16, 256, 4, 64), causal=True, dtype=torch.float32)
+    yield "temporal_attention-128-channels_first", lambda: both((2, 16, 256, 8, 128), channels_first=True)
     yield "temporal_attention-64-frames", lambda: both((1, 64, 1024, 8, 64))
     yield "temporal_attention-128-frames", lambda: both((1, 128, 1024, 8, 64), bias=True, pairs=32)
     yield "temporal_attention-256-frames-160", lambda: both((1, 256, 256, 8, 160))
