@@ -20,7 +20,7 @@ import torch
 
 from . import verified
 
-NAMES = ("reference", "cpu", "cpu_winograd", "triton", "cuda", "cuda_sm90")
+NAMES = ("reference", "unfused", "cpu", "cpu_winograd", "triton", "cuda", "cuda_sm90")
 
 
 class Facts(NamedTuple):

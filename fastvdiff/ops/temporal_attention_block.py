@@ -12,10 +12,12 @@ from fastvdiff import checks, dispatch
 from fastvdiff.reference.temporal_attention_block import temporal_attention_block as _reference
 
 from . import attention_checks, registration
+from .temporal_attention import temporal_attention
 
 _OP = "temporal_attention_block"
 _NORMS = ("layer_norm", "rms_norm")
 _LANES = 16
+_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def temporal_attention_block(
@@ -80,7 +82,8 @@ def temporal_attention_block(
         scale: factor of the scores, 1/sqrt(D) if None.
         is_causal: frame t attends to frames 0 .. t.
         residual: add x to the result.
-        impl: None, or the implementation to use, strictly: "cpu", "triton" or "reference".
+        impl: None, or the implementation to use, strictly: "cpu", "triton", "unfused" (torch's norm and projections
+            around `temporal_attention`'s kernel, where it has one) or "reference".
 
     Returns:
         A tensor of x's shape, memory format and dtype.
@@ -157,18 +160,41 @@ def _triton_supports(facts: dispatch.Facts) -> str | None:
 
 
 def _slower(facts: dispatch.Facts) -> str | None:
-    """The classes in which the kernel lost against the reference on x86 with AVX-512, in single-thread CPU time."""
+    """The classes in which the kernel lost on x86: with AVX-512 against the reference, with AVX2 against "unfused"."""
     channels, positions = facts.shape[1], facts.shape[3] * facts.shape[4]
     lanes = -(-positions // _LANES) * _LANES
     # Lanes past the last position do work that is thrown away; the wider the projections, the more it weighs.
     if positions < (0.7 if channels <= 128 else 0.8) * lanes:
         return f"slower here: {positions} positions would fill too few of {lanes} lanes"
+    if facts.dtype == torch.float32 and channels >= 128 and not _AVX512:
+        return f"slower here: float32 projections of {channels} channels, 128 or more without AVX-512"
     # The backward computes q, k and v again: beyond this the projections are all of the time.
     if facts.needs_grad and channels > 512:
         return f"slower here: a backward with {channels} channels, more than 512"
     if facts.dtype == torch.bfloat16 and not facts.needs_grad and channels > 256:
         return f"slower here: bfloat16 projections of {channels} channels, more than 256"
     return None
+
+
+def _unfused(facts: dispatch.Facts) -> str | None:
+    """Norm and projections are torch's; what is asked for is a kernel of the attention between them."""
+    batch, _, frames, height, width = facts.shape
+    inner, heads = facts.options["inner"], facts.options["heads"]
+    shape = (batch, frames, height * width, heads, inner // heads)
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    attention = dispatch.Facts(facts.device, facts.dtype, shape, tuple(strides), facts.needs_grad, {"keys": frames})
+    chosen = dispatch.choose("temporal_attention", attention, record=False).name
+    return "temporal_attention has no kernel for it either" if chosen == "reference" else None
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Any, mask: Any, rotary: Any, style: str, k_offset: int,
+    scale: float | None, is_causal: bool,
+) -> torch.Tensor:  # fmt: skip
+    return temporal_attention(q, k, v, attn_bias=bias, attn_mask=mask, rotary=rotary, rotary_style=style,
+                              k_offset=k_offset, scale=scale, is_causal=is_causal)  # fmt: skip
 
 
 def _call_kernel(
@@ -254,5 +280,6 @@ dispatch.register(
     dispatch.Impl(
         "triton", _triton_supports, partial(_call_kernel, "triton"), frozenset(), slower=registration.interpreted
     ),
+    dispatch.Impl("unfused", _unfused, partial(_reference, attend=_attend)),
     dispatch.Impl("reference", lambda facts: None, _reference),
 )

@@ -1,5 +1,7 @@
 """The temporal attention block: norm, projections, attention over the frames, output projection, residual."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -30,12 +32,13 @@ def temporal_attention_block(
     scale: float | None = None,
     is_causal: bool = False,
     residual: bool = True,
+    attend: Callable[..., torch.Tensor] = temporal_attention,
 ) -> torch.Tensor:
     """x + out(temporal_attention(q, k, v)), with q, k, v projected from norm(x) + frame_embedding.
 
     x (B, C, T, H, W); q_weight, k_weight, v_weight (heads*D, C); out_weight (C, heads*D); frame_embedding (T, C). The
     norm is computed in the accumulation dtype; projections run in x's dtype. The result has the strides of
-    `torch.empty_like(x)`.
+    `torch.empty_like(x)`. `attend` computes what `temporal_attention` does.
     """
     rows = x.movedim(1, -1).flatten(2, 3)
     rows = _normalised(rows, norm, norm_weight, norm_bias, eps, frame_embedding)
@@ -43,7 +46,7 @@ def temporal_attention_block(
         _linear(rows, weight, bias).unflatten(-1, (heads, -1))
         for weight, bias in ((q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias))
     )
-    y = temporal_attention(q, k, v, attn_bias, attn_mask, rotary, rotary_style, 0, scale, is_causal)
+    y = attend(q, k, v, attn_bias, attn_mask, rotary, rotary_style, 0, scale, is_causal)
     y = _linear(y.flatten(3), out_weight, out_bias).unflatten(2, x.shape[3:]).movedim(-1, 1)
     if residual:
         y = x + y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from tests.closeness import hold
 from tests.ops.drawn_temporal_attention_block import calls
 from tests.ops.temporal_attention_block_inputs import LAYOUTS, WEIGHTS, in_layout, parameters
 from tests.ops.temporal_attention_inputs import NARROW, rotary_tables
+
+MODULE = sys.modules[block.__module__]
 
 
 @settings(max_examples=330)
@@ -50,7 +53,7 @@ def test_sizes(shape: tuple[int, ...], heads: int, dim: int) -> None:
     hold(block, torch.randn(shape, requires_grad=True), impl="cpu", dtype=torch.float32, heads=heads, **options)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "unfused", "reference"])
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", None])
 def test_means_what_the_docstring_spells(impl: str, norm: str | None) -> None:
     x, p = torch.randn(2, 16, 5, 3, 4), parameters(16, 2, 8, 5, gradients=False)
@@ -73,7 +76,7 @@ def test_means_what_the_docstring_spells(impl: str, norm: str | None) -> None:
     torch.testing.assert_close(block(x, heads=2, norm=norm, eps=1e-3, impl=impl, **p), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "unfused", "reference"])
 def test_a_frame_with_nothing_to_attend_to_gives_the_output_bias(impl: str) -> None:
     x, p = torch.randn(1, 8, 4, 3, 5), parameters(8, 2, 4, 4)
     mask = torch.ones(1, 4, 4, dtype=torch.bool)
@@ -82,7 +85,7 @@ def test_a_frame_with_nothing_to_attend_to_gives_the_output_bias(impl: str) -> N
     torch.testing.assert_close(y[:, :, 2], p["out_bias"][None, :, None, None].expand(1, 8, 3, 5))
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "unfused", "reference"])
 @pytest.mark.parametrize("shape", [(0, 8, 4, 3, 5), (2, 8, 4, 0, 5), (2, 8, 0, 3, 5)], ids=str)
 def test_empty(shape: tuple[int, ...], impl: str) -> None:
     x, p = torch.randn(shape, requires_grad=True), parameters(8, 2, 4, shape[2])
@@ -185,9 +188,10 @@ def test_compiles_whole_and_seldom_again() -> None:
 
 
 @pytest.mark.no_poison
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "unfused", "reference"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_gradients(layout: str, impl: str) -> None:
+    torch.compiler.reset()  # more impls and layouts than one function may be compiled for
     x, p = in_layout(layout, 1, 8, 5, 3, 6).requires_grad_(), parameters(8, 2, 4, 5)
 
     def call(x: torch.Tensor) -> torch.Tensor:
@@ -201,7 +205,7 @@ def test_compiled_gradients(layout: str, impl: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "unfused", "reference"])
 def test_autocast(impl: str) -> None:
     x, p = torch.randn(1, 8, 5, 3, 6, requires_grad=True), parameters(8, 2, 4, 5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -237,15 +241,33 @@ def test_second_derivatives_and_vmap_name_the_reference() -> None:
     ids=str,
 )
 def test_stands_aside_where_it_is_slower(
-    shape: tuple[int, ...], dtype: torch.dtype, gradient: bool, reason: str | None
+    shape: tuple[int, ...], dtype: torch.dtype, gradient: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(MODULE, "_AVX512", True)
     kernel = dispatch.ops()["temporal_attention_block"][0]
     assert kernel.slower(dispatch.facts_of(torch.empty(shape, dtype=dtype), gradient)) == reason
 
 
+def test_projections_are_left_to_torch_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "_AVX512", False)
+    kernel, reason = dispatch.ops()["temporal_attention_block"][0], "slower here: float32 projections of 128 channels"
+    assert kernel.slower(dispatch.facts_of(torch.empty(1, 128, 16, 8, 8), False)).startswith(reason)
+    assert kernel.slower(dispatch.facts_of(torch.empty(1, 96, 16, 8, 8), False)) is None
+    assert kernel.slower(dispatch.facts_of(torch.empty(1, 128, 16, 8, 8, dtype=torch.bfloat16), False)) is None
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unfused(dtype: torch.dtype, layout: str) -> None:
+    x = in_layout(layout, 2, 24, 7, 5, 9).to(dtype).requires_grad_()
+    hold(block, x, impl="unfused", dtype=dtype, heads=3, rotary=rotary_tables(7, 4), **parameters(24, 3, 8, 7, dtype))
+
+
 def test_runs_by_name_where_it_is_slower() -> None:
     x, p = torch.randn(1, 8, 4, 3, 3), parameters(8, 2, 4, 4)
-    assert [walk.chosen for walk in dispatch.trace(block, x, heads=2, **p)] == ["reference"]
+    assert [walk.chosen for walk in dispatch.trace(block, x, heads=2, **p)] == ["unfused", "cpu"]
+    with dispatch.use_impl(temporal_attention="reference"):
+        assert [walk.chosen for walk in dispatch.trace(block, x, heads=2, **p)] == ["reference"]
     assert [walk.chosen for walk in dispatch.trace(block, x, heads=2, impl="cpu", **p)] == ["cpu"]
 
 
@@ -298,7 +320,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("rotary_style", {"rotary_style": "neox"}, ValueError, "rotary_style: expected 'interleaved' or 'half'"),
     ("scale text", {"scale": "1"}, TypeError, "scale: expected a float or None, got '1' (str)"),
     ("scale negative", {"scale": -1.0}, ValueError, "scale: expected a finite float from 0 upward, got -1.0 (float)"),
-    ("impl", {"impl": "fast"}, ValueError, "impl: expected one of 'cpu', 'triton', 'reference', got 'fast'"),
+    ("impl", {"impl": "fast"}, ValueError, "impl: expected one of 'cpu', 'triton', 'unfused', 'reference', got 'fast'"),
 ]  # fmt: skip
 
 
