@@ -164,6 +164,14 @@ def choose(op: str, facts: Facts, impl: str | None = None, *, record: bool = Tru
     raise AssertionError(f"{op}: the reference refused a call")
 
 
+def would_run(op: str, facts: Facts) -> str:
+    """The name of what would run a call with these facts; "reference" where what is asked for does not support it."""
+    asked = _state.forced.get(op)
+    if asked is not None and all(i.supports(facts) is not None for i in _OPS[op] if i.name == asked):
+        return "reference"
+    return choose(op, facts, record=False).name
+
+
 def _warn_unverified(op: str, name: str, reason: str) -> None:
     if not torch.compiler.is_compiling() and (op, name) not in _WARNED:
         _WARNED.add((op, name))

@@ -22,7 +22,7 @@ template <class Tile>
 struct Sizes {
   static constexpr int64_t kCachedWeight = 4 << 20, kCachedInput = 4 << 20;
   bool by_panel;
-  int64_t depth, width, panels, panel_weight, weight, chunk, input_plane, input, result_plane, worker;
+  int64_t depth, width, panels, panel_weight, weight, chunk, input_plane, input, result_plane, worker, workers;
 
   explicit Sizes(const Conv3dCpuParams& p) {
     depth = round_up(p.channels, kWidth), width = round_up(p.out_channels, kPanel), panels = width / kPanel;
@@ -34,6 +34,7 @@ struct Sizes {
     result_plane = chunk * (by_panel ? kPanel : width) + kSkew;
     weight = by_panel ? Tile::slices(p) * input : panels * panel_weight;  // what the workers share
     worker = Tile::kPoints * result_plane + (by_panel ? panel_weight : input);
+    workers = std::min<int64_t>(std::max(p.threads, 1), by_panel ? panels : (Tile::tiles(p) + chunk - 1) / chunk);
   }
 };
 
@@ -94,19 +95,23 @@ void results(const Conv3dCpuParams& p, int64_t tile, int64_t first, int64_t coun
   });
 }
 
-// The products of one slice, one panel and `count` tiles, at every point.
+// The products of one slice, one panel and `count` tiles, at every point: kSum channels at a time, for exactness.
 template <class Tile>
 void products(const Sizes<Tile>& sizes, int64_t slice, int64_t count, const float* v, const float* weight, float* m,
               int64_t m_row) {
+  constexpr int64_t kSum = 192;
   for (int64_t point = 0; point < Tile::kPoints; ++point)
     for (int64_t row = 0; row < count; row += kRows) {
       const float* a = v + point * sizes.input_plane + row * sizes.depth;
       const float* b = weight + (slice * Tile::kPoints + point) * sizes.depth * kPanel;
       float* to = m + point * sizes.result_plane + row * m_row;
-      if (slice == 0)
-        product<false>(a, sizes.depth, 1, b, kPanel, to, m_row, sizes.depth);
-      else
-        product<true>(a, sizes.depth, 1, b, kPanel, to, m_row, sizes.depth);
+      for (int64_t c = 0; c < sizes.depth; c += kSum) {
+        const int64_t depth = std::min(kSum, sizes.depth - c);
+        if (slice == 0 && c == 0)
+          product<false>(a, sizes.depth, 1, b, kPanel, to, m_row, depth);
+        else
+          product<true>(a + c, sizes.depth, 1, b + c * kPanel, kPanel, to, m_row, depth);
+      }
     }
 }
 
@@ -167,7 +172,7 @@ int64_t conv3d_workspace(const Conv3dCpuParams& p) {
   int64_t floats = 0;
   with_types(p, [&](auto* tile, auto*) {
     const Sizes<std::remove_pointer_t<decltype(tile)>> sizes(p);
-    floats = sizes.weight + std::max(p.threads, 1) * sizes.worker;
+    floats = sizes.weight + sizes.workers * sizes.worker;
   });
   return floats;
 }

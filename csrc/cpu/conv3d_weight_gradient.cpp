@@ -24,7 +24,8 @@ struct Sizes {
   explicit Sizes(const Conv3dCpuParams& p) {
     depth = round_up(round_up(p.channels, kWidth), kRows), width = round_up(p.out_channels, kPanel);
     x_plane = Tile::kChunk * depth + kSkew, grad_plane = Tile::kChunk * width + kSkew;
-    sums = Tile::tiles(p) > Tile::kChunk ? Tile::kPoints * depth * width : std::max(p.threads, 1) * kOwn;
+    const int64_t workers = std::min<int64_t>(std::max(p.threads, 1), (p.channels + kBlock - 1) / kBlock);
+    sums = Tile::tiles(p) > Tile::kChunk ? Tile::kPoints * depth * width : workers * kOwn;
   }
   int64_t floats() const { return Tile::kPoints * (x_plane + grad_plane) + sums; }
 };

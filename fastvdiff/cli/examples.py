@@ -88,7 +88,7 @@ def _temporal_attention_block(draw: Draw, big: bool) -> Arguments:
 
 
 def _conv3d(draw: Draw, big: bool) -> Arguments:
-    b, c, t, s = (1, 64, 16, 16 * draw.side) if big else (1, 8, 3, 5)
+    b, c, t, s = (1, 64, 16, 16 * draw.side) if big else (1, 24, 3, 8)
     x = draw(b, c, t, s, s, channels_last=True)
     return (x, draw(c, c, 1, 3, 3, std=(9 * c) ** -0.5), draw(c)), {"padding": "same", "channel_bias": draw(b, c)}
 

@@ -48,11 +48,11 @@ def weight_gradient(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: Geometry, prefix: None
 ) -> torch.Tensor:
     """The gradient of the weight, in its dtype and contiguous."""
-    sums = torch.empty(weight.shape, dtype=torch.float32)
+    sums = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     if not grad.numel():
         return sums.zero_().to(weight.dtype)
     numbers = _numbers(x, weight, tuple(grad.shape[2:]), geometry.padding[::2], geometry.replicate)
-    workspace = torch.empty(library().conv3d_weight_gradient_workspace(numbers), dtype=torch.float32)
+    workspace = torch.empty(library().conv3d_weight_gradient_workspace(numbers), dtype=torch.float32, device="cpu")
     addresses = (address(x), address(grad), address(sums), address(workspace))
     library().conv3d_weight_gradient(numbers, addresses, (x.stride(), grad.stride()))
     return sums.to(weight.dtype)
@@ -66,7 +66,7 @@ def _run(
     """y = conv(x, weight) + bias + channel_bias + residual; any strides."""
     weight, bias = weight.detach().to(torch.float32), wide(bias)
     numbers = _numbers(x, weight, tuple(y.shape[2:]), before, replicate, bias_frames, flipped)
-    workspace = torch.empty(library().conv3d_workspace(numbers), dtype=torch.float32)
+    workspace = torch.empty(library().conv3d_workspace(numbers), dtype=torch.float32, device="cpu")
     addresses = tuple(address(t) for t in (x, weight, bias, channel_bias, residual, y, workspace))
     none = (0,) * 5
     strides = (x.stride(), weight.stride(), y.stride(), none if residual is None else residual.stride())

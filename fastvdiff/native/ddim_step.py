@@ -31,7 +31,9 @@ def forward(
     lib = library()
     params, _kept = _params(like, inputs, noise_seed, step)
     sized = step.guidance_rescale > 0 or step.threshold_max > 0
-    workspace = torch.empty((lib.ddim_step_workspace(params) + 7) // 8, dtype=torch.int64) if sized else None
+    workspace = (
+        torch.empty((lib.ddim_step_workspace(params) + 7) // 8, dtype=torch.int64, device="cpu") if sized else None
+    )
     outputs = [_laid_out_empty(t, like) for t in (prev, original if return_pred_original else None)]
     lib.ddim_step_forward(params, address(workspace), *(address(t) for t in outputs))
     prev = _written_back(prev, outputs[0])

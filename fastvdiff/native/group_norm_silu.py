@@ -16,7 +16,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The result, and the (B, G, 2) float32 mean and 1/std that the backward reads."""
     y = torch.empty_like(x)
-    moments = torch.empty((x.shape[0], num_groups, 2), dtype=torch.float32)
+    moments = torch.empty((x.shape[0], num_groups, 2), dtype=torch.float32, device="cpu")
     if not x.numel():
         return y, moments.zero_()
     channels_last = is_channels_last(y)
@@ -26,7 +26,7 @@ def forward(
     weight, bias, stats = wide(weight), wide(bias), wide(stats)
     sizes = (*x.shape[:2], positions(x), num_groups, frames)
     lib = library()
-    workspace = torch.empty(lib.group_norm_silu_workspace(sizes, x_strides), dtype=torch.float32)
+    workspace = torch.empty(lib.group_norm_silu_workspace(sizes, x_strides), dtype=torch.float32, device="cpu")
     lib.group_norm_silu_forward(
         sizes, address(x_rows), x_strides, address(weight), address(bias), address(scale), address(shift),
         address(moments), address(workspace), silu, DTYPE_CODES[x.dtype], threads(),
@@ -53,7 +53,7 @@ def backward(
     grads = [None if p is None else torch.empty_like(p) for p in (wide_weight, wide_bias, wide_scale, wide_shift)]
     sizes = (*x.shape[:2], positions(x), num_groups, frames)
     lib = library()
-    workspace = torch.empty(lib.group_norm_silu_workspace(sizes, x_strides), dtype=torch.float32)
+    workspace = torch.empty(lib.group_norm_silu_workspace(sizes, x_strides), dtype=torch.float32, device="cpu")
     lib.group_norm_silu_backward(
         sizes, address(x_rows), x_strides, address(wide_weight), address(wide_bias), address(wide_scale),
         address(wide_shift), address(moments), address(workspace), silu, DTYPE_CODES[x.dtype], threads(),

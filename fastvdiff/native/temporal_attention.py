@@ -24,7 +24,7 @@ def forward(
     params, _held = _params(q, k, v, bias, mask, cos, sin, interleaved, k_offset, scale, is_causal)
     params.set_result(address(y), y.stride())
     lib = library()
-    workspace = torch.empty(lib.temporal_attention_workspace(params), dtype=torch.float32)
+    workspace = torch.empty(lib.temporal_attention_workspace(params), dtype=torch.float32, device="cpu")
     lib.temporal_attention_forward(params, address(workspace))
     return y
 
@@ -35,13 +35,13 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v and the bias (an empty tensor unless `bias_grad`), each in its own dtype."""
     grads = [torch.empty_like(x) for x in (q, k, v)]
-    wide_grad = torch.empty(bias.shape, dtype=torch.float32) if bias is not None and bias_grad else None
+    wide_grad = torch.empty(bias.shape, dtype=torch.float32, device="cpu") if bias is not None and bias_grad else None
     if q.numel() and k.numel():
         params, _held = _params(q, k, v, bias, mask, cos, sin, interleaved, k_offset, scale, is_causal)
         views = (grad, *grads)
         params.set_gradients([address(x) for x in views], [x.stride() for x in views], address(wide_grad))
         lib = library()
-        workspace = torch.empty(lib.temporal_attention_workspace(params), dtype=torch.float32)
+        workspace = torch.empty(lib.temporal_attention_workspace(params), dtype=torch.float32, device="cpu")
         lib.temporal_attention_backward(params, address(workspace))
     else:
         for x in (*grads, *(() if wide_grad is None else (wide_grad,))):

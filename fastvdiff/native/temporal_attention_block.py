@@ -27,7 +27,9 @@ def forward(
         return y
     call = _Call(x, parameters, heads, norm, eps, mask, cos, sin, rotary_style, scale, is_causal, residual)
     lib, y_rows = library(), _rows(y)
-    workspace = torch.empty(lib.temporal_attention_block_forward_workspace(call.params), dtype=torch.float32)
+    workspace = torch.empty(
+        lib.temporal_attention_block_forward_workspace(call.params), dtype=torch.float32, device="cpu"
+    )
     lib.temporal_attention_block_forward(call.params, address(workspace), address(y_rows), y_rows.stride())
     return _written_back(y, y_rows)
 
@@ -45,12 +47,13 @@ def backward(
                       for want, p in zip(wanted, parameters, strict=True))]  # fmt: skip
     call = _Call(x, parameters, heads, norm, eps, mask, cos, sin, rotary_style, scale, is_causal, residual)
     grads = [
-        torch.empty(p.shape, dtype=torch.float32) if want else None for want, p in zip(wanted, parameters, strict=True)
+        torch.empty(p.shape, dtype=torch.float32, device="cpu") if want else None
+        for want, p in zip(wanted, parameters, strict=True)
     ]
     addresses = [address(g) for g in grads]
     lib, grad_rows, dx_rows = library(), _rows(grad), _rows(dx)
     workspace = torch.empty(
-        lib.temporal_attention_block_backward_workspace(call.params, addresses), dtype=torch.float32
+        lib.temporal_attention_block_backward_workspace(call.params, addresses), dtype=torch.float32, device="cpu"
     )
     lib.temporal_attention_block_backward(
         call.params, address(workspace), addresses, address(grad_rows), grad_rows.stride(), address(dx_rows),

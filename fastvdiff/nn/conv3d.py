@@ -33,7 +33,7 @@ class Conv3d(nn.Conv3d):
         padding: an int, (t, h, w), "same", "valid", or (t0, t1, h0, h1, w0, w1) for different sides: (2, 0, 1, 1, 1, 1)
             is a convolution causal in time.
         padding_mode: "zeros", "replicate", or one of the two for each dimension (t, h, w), which a kernel adds as it
-            reads; without one, as on a CPU, only zeros that are the same on both sides cost no copy. "reflect" and
+            reads; without one only zeros that are the same on both sides cost no copy. "reflect" and
             "circular" always pad a copy of the input first.
 
     Raises:
@@ -138,17 +138,28 @@ def leaves_statistics(conv: nn.Module, x: torch.Tensor, sums: bool) -> bool:
 
     `sums`: with a channel bias.
     """
-    if type(conv) not in _KNOWN:
-        return False
-    last = conv.temporal if isinstance(conv, FactorizedConv3d) else conv
-    return impl_of(x, last.weight, sums).startswith("cuda")
+    return _plain(conv) and impl_of(x, _parts(conv)[-1].weight, sums).startswith("cuda")
 
 
 def normalises_as_it_reads(norm: nn.Module, conv: nn.Module, x: torch.Tensor) -> bool:
     """Whether one kernel runs `norm` and `conv`, a `video_conv`, of an x with statistics, and nobody watches either."""
-    if type(conv) not in _KNOWN or not all(map(untouched, (norm, *conv.modules()))):
+    if not (type(norm) is GroupNormSiLU and untouched(norm) and _plain(conv)):
         return False
-    return _normalises_as_it_reads(x, _reader(conv).weight, sums=isinstance(conv, Conv3d))
+    return _normalises_as_it_reads(x, _parts(conv)[0].weight, sums=isinstance(conv, Conv3d))
+
+
+def _parts(conv: nn.Module) -> tuple[nn.Module, ...]:
+    """The convolutions that run one after the other."""
+    return (conv.spatial, conv.temporal) if isinstance(conv, FactorizedConv3d) else (conv,)
+
+
+def _plain(conv: nn.Module) -> bool:
+    """Whether calling `conv` is nothing but what `video_conv` makes: no hook, subclass, layer or setting of others."""
+    return type(conv) in (Conv3d, FactorizedConv3d) and untouched(conv) and all(
+        type(part) is Conv3d and untouched(part) and part.padding_mode == "zeros" and part.groups == 1
+        and part.stride == part.dilation == (1, 1, 1)
+        for part in _parts(conv)
+    )  # fmt: skip
 
 
 def normalised(
@@ -156,20 +167,13 @@ def normalised(
     scale: torch.Tensor | None, shift: torch.Tensor | None, residual: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """conv(norm(x, scale, shift, stats), residual=residual), where `normalises_as_it_reads`."""
-    reader = _reader(conv)
-    ends = reader is conv
+    reader, *rest = _parts(conv)
+    ends = not rest
     y = ops.norm_silu_conv3d(
         x, norm.num_groups, norm.weight, norm.bias, reader.weight, reader.bias, eps=norm.eps, stats=stats, scale=scale,
         shift=shift, silu=norm.silu, padding=reader.padding, residual=residual if ends else None,
     )  # fmt: skip
     return y if ends else conv.temporal(y, residual=residual)
-
-
-def _reader(conv: Conv3d | FactorizedConv3d) -> Conv3d:
-    return conv.spatial if isinstance(conv, FactorizedConv3d) else conv
-
-
-_KNOWN = (Conv3d, FactorizedConv3d)
 
 
 def video_conv(kind: str, in_channels: int, out_channels: int, zero_init: bool = False) -> Conv3d | FactorizedConv3d:
@@ -186,6 +190,6 @@ def video_conv(kind: str, in_channels: int, out_channels: int, zero_init: bool =
     else:
         checks.fail("video_conv", "kind", f"one of {', '.join(map(repr, KINDS))}", checks.describe(kind))
     if zero_init:
-        nn.init.zeros_(_reader(conv).weight)
-        nn.init.zeros_(_reader(conv).bias)
+        nn.init.zeros_(_parts(conv)[0].weight)
+        nn.init.zeros_(_parts(conv)[0].bias)
     return conv

@@ -10,6 +10,7 @@ from fastvdiff import checks
 
 from .conv3d import Conv3d, leaves_statistics, normalised, normalises_as_it_reads, video_conv
 from .group_norm_silu import GroupNormSiLU
+from .hooks import untouched
 
 TIME_CONDITIONING = ("default", "scale_shift")
 
@@ -80,16 +81,18 @@ class ResnetBlock3d(nn.Module):
         time = None if temb is None else self.time_emb_proj(F.silu(temb))
         scale, shift = time.chunk(2, dim=1) if time is not None and self.modulates else (None, None)
         added = None if self.modulates else time
-        stats = None
-        if leaves_statistics(self.conv1, x, sums=added is not None):
-            h, stats = self.conv1(self.norm1(x), channel_bias=added, stats_groups=self.norm2.num_groups)
-        else:
-            h = self.conv1(self.norm1(x), channel_bias=added)
-        dropping = self.training and self.dropout.p > 0
-        if stats is not None and not dropping and normalises_as_it_reads(self.norm2, self.conv2, h):
+        if not leaves_statistics(self.conv1, x, sums=added is not None):
+            h = self.dropout(self.norm2(self.conv1(self.norm1(x), channel_bias=added), scale, shift))
+            return self.conv2(h, residual=self._shortcut(x))
+        h, stats = self.conv1(self.norm1(x), channel_bias=added, stats_groups=self.norm2.num_groups)
+        if self._drops_nothing() and normalises_as_it_reads(self.norm2, self.conv2, h):
             return normalised(self.norm2, self.conv2, h, stats, scale, shift, self._shortcut(x))
-        h = self.dropout(self.norm2(h, scale, shift, stats))
-        return self.conv2(h, residual=self._shortcut(x))
+        return self.conv2(self.dropout(self.norm2(h, scale, shift, stats)), residual=self._shortcut(x))
+
+    def _drops_nothing(self) -> bool:
+        """Whether the dropout need not be called."""
+        idle = type(self.dropout) is nn.Dropout and not (self.dropout.training and self.dropout.p > 0)
+        return idle and untouched(self.dropout)
 
     def _shortcut(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.conv_shortcut is None else self.conv_shortcut(x)

@@ -72,11 +72,11 @@ def conv3d(
         stats_groups: above 0, the statistics of the result in that many groups of channels come too.
         impl: None, or the implementation to use, strictly: "cpu_winograd" (kernels of (k, 3, 3) and (3, 1, 1), stride
             and dilation 1, groups = 1, no prefix, "replicate" without a gradient: a quarter of a direct sum's products
-            over space, half over time, and 1.5 to 2 times its rounding error in float32), "cuda" (groups = 1; float32
-            is multiplied as tf32, where `torch.backends.cudnn.conv.fp32_precision` is "tf32"), "cuda_sm90" (compute
-            capability 9.0; bfloat16 and float16 in channels_last_3d; the forward and, at stride 1, x's gradient of
-            calls with zeros as padding and without prefix and statistics: for others it runs what "cuda" runs) or
-            "reference".
+            over space, half over time, twice its rounding error in float32; what is not finite reaches its whole tile
+            of 4 x 4 outputs, or 4 frames), "cuda" (groups = 1; float32 is multiplied as tf32, where
+            `torch.backends.cudnn.conv.fp32_precision` is "tf32"), "cuda_sm90" (compute capability 9.0; bfloat16 and
+            float16 in channels_last_3d; the forward and, at stride 1, x's gradient of calls with zeros as padding and
+            without prefix and statistics: for others it runs what "cuda" runs) or "reference".
 
     Returns:
         (B, C_out, T_out, H_out, W_out) in x's dtype; channels_last_3d if x or the weight is, else contiguous (where
@@ -198,7 +198,7 @@ def impl_of(x: torch.Tensor, weight: torch.Tensor, sums: bool) -> str:
     The input's channels are the weight's. `sums`: it has a channel bias or a residual. The kernels of "cuda" and
     "cuda_sm90" leave the statistics of their result for nothing.
     """
-    return dispatch.choose(_OP, size_keeping(x, weight, sums), record=False).name
+    return dispatch.would_run(_OP, size_keeping(x, weight, sums))
 
 
 def _call_kernel(
@@ -321,16 +321,30 @@ def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor |
     x, weight, prefix = ctx.saved_tensors
     needs = ctx.needs_input_grad
     needs_input, needs_weight, needs_prefix = needs[0] or needs[7], needs[1], needs[7]
-    dx, dweight, dprefix = registration.call(
-        _backward_op, torch.is_grad_enabled(), grad, x, weight, *ctx.geometry, prefix, needs_input, needs_weight,
-        ctx.impl,
-    )  # fmt: skip
+    if ctx.impl == "cpu_winograd" and torch.is_grad_enabled():
+        dx, dweight, dprefix = *_gradients_to_differentiate(ctx, grad, x, weight), None
+    else:
+        dx, dweight, dprefix = registration.call(
+            _backward_op, torch.is_grad_enabled(), grad, x, weight, *ctx.geometry, prefix, needs_input, needs_weight,
+            ctx.impl,
+        )  # fmt: skip
     dbias, dchannel_bias = ctx.sums(grad)
     return (
         dx if needs[0] else None, dweight if needs_weight else None, dbias, None, None, None, None,
         dprefix.to(prefix.dtype) if needs_prefix else None, dchannel_bias,
         None if ctx.of_residual is None else grad.to(ctx.of_residual), None, None,
     )  # fmt: skip
+
+
+def _gradients_to_differentiate(
+    ctx: Any, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dx and dweight by the reference, with a graph of their own: for a second derivative."""
+    stride, padding, dilation, _ = ctx.geometry
+    wanted = [t for t, needed in zip((x, weight), ctx.needs_input_grad, strict=False) if needed]
+    y = _reference(x, weight, None, stride, padding, dilation)
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:2])
 
 
 def bias_gradients_of(bias: torch.Tensor | None, channel_bias: torch.Tensor | None) -> Callable[..., Any]:

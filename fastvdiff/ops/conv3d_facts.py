@@ -6,12 +6,14 @@ import math
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastvdiff import dispatch
 from fastvdiff.reference.conv3d import FAST_ON_CPU, are_channels_last, triple
 
 from . import registration
 
+_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 RACED_KERNELS = ("1x1x1", "1x3x3", "3x1x1", "3x3x3")
 
 
@@ -84,7 +86,16 @@ def on_cpu_winograd(facts: dispatch.Facts) -> str | None:
 
 
 def slower_than_direct(facts: dispatch.Facts) -> str | None:
-    """The classes in which minimal filtering lost against oneDNN on x86 with AVX2, forward or training."""
+    """The classes in which minimal filtering lost against oneDNN on x86 with AVX2, forward or training.
+
+    With AVX-512 it has not been timed; torch's transforms have no rule for it.
+    """
+    if _AVX512:
+        return "not timed with AVX-512 yet: it runs where it is named"
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        return "left to torch under vmap and forward-mode differentiation"
     weight, (frames, height, width) = facts.options["weight"], facts.options["out_sizes"]
     fewest, pairs = min(facts.shape[1], weight[0]), facts.shape[1] * weight[0]
     if facts.dtype.itemsize == 2 and facts.dtype in FAST_ON_CPU:

@@ -115,7 +115,7 @@ def normalises_as_it_reads(x: torch.Tensor, weight: torch.Tensor, sums: bool) ->
 
     `sums`: the convolution has a channel bias or a residual.
     """
-    return dispatch.choose(_OP, size_keeping(x, weight, sums, given=True), record=False).name == "cuda"
+    return dispatch.would_run(_OP, size_keeping(x, weight, sums, given=True)) == "cuda"
 
 
 def _check_norm(
@@ -141,7 +141,7 @@ def _call_reference(facts: dispatch.Facts, *args: Any) -> torch.Tensor | tuple[t
 
 def _call_cpu(facts: dispatch.Facts, *args: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The norm's C++ kernel and the convolution's, or oneDNN's."""
-    if dispatch.choose("conv3d", facts, record=False).name == "cpu_winograd":
+    if dispatch.would_run("conv3d", facts) == "cpu_winograd":
         return _call_kernel("cpu", *args)
     return _recomputing(facts, _pair, *args)
 
@@ -218,7 +218,7 @@ def _fake_forward(
 def _backward(
     grad: torch.Tensor, x: torch.Tensor, num_groups: int, norm_weight: Any, norm_bias: Any, eps: float, scale: Any,
     shift: Any, silu: bool, stats: Any, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any, replicate: Any,
-    prefix: Any, impl: str,
+    prefix: Any, needs_weight: bool, impl: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     norm, convolution = (
         registration.backend(impl, "group_norm_silu"),
@@ -227,7 +227,7 @@ def _backward(
     geometry = convolution.Geometry(*map(tuple, (stride, padding, dilation, replicate)))
     grad = grad.to(x.dtype)
     h, moments = norm.forward(x, num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats)
-    dweight = convolution.weight_gradient(grad, h, weight, geometry, prefix)
+    dweight = convolution.weight_gradient(grad, h, weight, geometry, prefix) if needs_weight else x.new_empty(0)
     dh, dprefix = convolution.input_gradient(grad, h, weight, geometry, prefix)
     dx, *parameters = norm.backward(dh, x, moments, num_groups, norm_weight, norm_bias, scale, shift, silu)
     return dx, *parameters, dweight, x.new_empty(0) if dprefix is None else dprefix
@@ -236,14 +236,14 @@ def _backward(
 def _fake_backward(
     grad: torch.Tensor, x: torch.Tensor, num_groups: int, norm_weight: Any, norm_bias: Any, eps: float, scale: Any,
     shift: Any, silu: bool, stats: Any, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any, replicate: Any,
-    prefix: Any, impl: str,
+    prefix: Any, needs_weight: bool, impl: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     contiguous = torch.contiguous_format
     return (
         torch.empty_like(x),
         *(x.new_empty(0) if p is None else torch.empty_like(p, memory_format=contiguous)
           for p in (norm_weight, norm_bias, scale, shift)),
-        torch.empty_like(weight, memory_format=contiguous),
+        torch.empty_like(weight, memory_format=contiguous) if needs_weight else x.new_empty(0),
         x.new_empty(0) if prefix is None else x.new_empty(prefix.shape),
     )  # fmt: skip
 
@@ -259,7 +259,7 @@ _forward_op = registration.define(
     fake=_fake_forward,
 )
 _backward_op = registration.define(
-    f"norm_silu_conv3d_backward(Tensor grad, {_NORM}, Tensor weight, {GEOMETRY}, str impl)"
+    f"norm_silu_conv3d_backward(Tensor grad, {_NORM}, Tensor weight, {GEOMETRY}, bool needs_weight, str impl)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward,
     fake=_fake_backward,
@@ -278,8 +278,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     x, norm_weight, norm_bias, scale, shift, stats, weight, prefix = ctx.saved_tensors
     norm = (ctx.num_groups, norm_weight, norm_bias, ctx.eps, scale, shift, ctx.silu, stats)
+    needs_weight = ctx.needs_input_grad[9]
     dx, *parameters, dweight, dprefix = registration.call(
-        _backward_op, torch.is_grad_enabled(), grad, x, *norm, weight, *ctx.geometry, prefix, ctx.impl
+        _backward_op, torch.is_grad_enabled(), grad, x, *norm, weight, *ctx.geometry, prefix, needs_weight, ctx.impl
     )
     given = (norm_weight, norm_bias, scale, shift)
     dnorm_weight, dnorm_bias, dscale, dshift = (
@@ -287,8 +288,8 @@ def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor |
     )
     dbias, dchannel_bias = ctx.sums(grad)
     return (
-        dx, None, dnorm_weight, dnorm_bias, None, dscale, dshift, None, None, dweight, dbias, None, None, None, None,
-        None if prefix is None else dprefix.to(prefix.dtype), dchannel_bias,
+        dx, None, dnorm_weight, dnorm_bias, None, dscale, dshift, None, None, dweight if needs_weight else None, dbias,
+        None, None, None, None, None if prefix is None else dprefix.to(prefix.dtype), dchannel_bias,
         None if ctx.of_residual is None else grad.to(ctx.of_residual), None, None,
     )  # fmt: skip
 

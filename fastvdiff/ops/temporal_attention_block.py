@@ -185,8 +185,8 @@ def _unfused(facts: dispatch.Facts) -> str | None:
     for size in reversed(shape[1:]):
         strides.insert(0, strides[0] * size)
     attention = dispatch.Facts(facts.device, facts.dtype, shape, tuple(strides), facts.needs_grad, {"keys": frames})
-    chosen = dispatch.choose("temporal_attention", attention, record=False).name
-    return "temporal_attention has no kernel for it either" if chosen == "reference" else None
+    none = dispatch.would_run("temporal_attention", attention) == "reference"
+    return "temporal_attention has no kernel for it either" if none else None
 
 
 def _attend(

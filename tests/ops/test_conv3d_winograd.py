@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from fastvdiff import dispatch, native
-from fastvdiff.ops import conv3d, norm_silu_conv3d
+from fastvdiff.native import conv3d_cpu_winograd
+from fastvdiff.ops import conv3d, conv3d_facts, norm_silu_conv3d
 from fastvdiff.reference.conv3d import moments
 from tests.closeness import GRADIENT_RATIO, GRADIENT_SCALE, assert_close
 
@@ -244,3 +245,66 @@ def test_a_norm_in_front_keeps_x_alone_and_computes_no_convolution_twice() -> No
     for found, expected in zip(grads, torch.autograd.grad(plain.square().sum(), (x, weight)), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert y.is_contiguous(memory_format=CHANNELS_LAST)
+
+
+def ordinary() -> tuple[torch.Tensor, torch.Tensor]:
+    """x and weight of a call that runs by itself."""
+    x = laid_out(torch.randn(2, 48, 4, 8, 8), "channels_last").requires_grad_()
+    return x, (torch.randn(48, 48, 1, 3, 3) / 20).requires_grad_()
+
+
+def test_a_second_derivative_is_the_reference_s() -> None:
+    x, weight = ordinary()
+
+    def penalty(**options: Any) -> tuple[torch.Tensor, ...]:
+        y = conv3d(x, weight, padding="same", **options).sin().sum()
+        dx, dweight = torch.autograd.grad(y, (x, weight), create_graph=True)
+        return torch.autograd.grad(dx.square().sum() + dweight.square().sum(), (x, weight))
+
+    assert dispatch.trace(conv3d, x, weight, padding="same")[0].chosen == "cpu_winograd"
+    for found, expected in zip(penalty(), penalty(impl="reference"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_transforms_are_left_to_torch() -> None:
+    x, weight = (t.detach() for t in ordinary())
+    plain = conv3d(x, weight, padding="same", impl="reference")
+    batched = torch.vmap(lambda clip: conv3d(clip[None], weight, padding="same")[0])(x)
+    torch.testing.assert_close(batched, plain, rtol=1e-4, atol=1e-4)
+    _, tangent = torch.func.jvp(lambda x: conv3d(x, weight, padding="same"), (x,), (x,))
+    torch.testing.assert_close(tangent, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_another_default_device() -> None:
+    x, weight = (t.detach() for t in ordinary())
+    expected = conv3d(x, weight, padding="same", impl="reference")
+    with torch.device("meta"):
+        y = conv3d(x, weight, padding="same")
+        (dweight,) = torch.autograd.grad(conv3d(x, weight.requires_grad_(), padding="same").sum(), weight)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert dweight.device.type == "cpu"
+
+
+def test_a_frozen_weight_has_no_gradient_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = ordinary()
+    monkeypatch.setattr(conv3d_cpu_winograd, "weight_gradient", lambda *args: pytest.fail("of a frozen weight"))
+    for y in (
+        conv3d(x, weight.detach(), padding="same"),
+        norm_silu_conv3d(x, 4, None, None, weight.detach(), padding="same"),
+    ):
+        assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+
+
+def test_asked_for_by_name_it_binds_no_other_op() -> None:
+    x, weight = torch.randn(1, 16, 2, 4, 4), torch.randn(16, 16, 1, 1, 1)
+    with dispatch.use_impl("cpu_winograd"):
+        norm_silu_conv3d(x, 4, None, None, weight)
+        with pytest.raises(NotImplementedError, match="got \\(1, 1, 1\\)"):
+            conv3d(x, weight)
+
+
+def test_not_chosen_where_it_was_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv3d_facts, "_AVX512", True)
+    walk = dispatch.trace(conv3d, *ordinary(), padding="same")[0]
+    assert walk.chosen == "reference"
+    assert walk.reasons["cpu_winograd"] == "not timed with AVX-512 yet: it runs where it is named"

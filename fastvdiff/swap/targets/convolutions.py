@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvdiff import ops
+from fastvdiff import dispatch, ops
 from fastvdiff.ops.conv3d_facts import options_of
 from fastvdiff.ops.registration import autocast_dtype
 from fastvdiff.reference.conv3d import beats_torch, output_sizes, paddings
-from fastvdiff.swap.target import UNRELATED, Target, kernel_runs, register
+from fastvdiff.swap.target import UNRELATED, Target, register
 
 _MODES = ("zeros", "replicate")
 
@@ -32,17 +32,11 @@ def _kernel_wins(conv: nn.Conv3d, x: torch.Tensor) -> bool:
     """Whether a kernel of ours would run it."""
     sides = paddings(conv.padding, conv.kernel_size, conv.dilation)
     out = output_sizes(x.shape[2:], conv.kernel_size, conv.stride, sides, conv.dilation)
-    options = options_of(
-        x.shape[0],
-        conv.weight,
-        conv.stride,
-        conv.dilation,
-        conv.groups,
-        out,
-        sums=False,
-        repeats=conv.padding_mode == "replicate",
-    )
-    return kernel_runs("conv3d", x, conv.weight, conv.bias, **options)
+    options = options_of(x.shape[0], conv.weight, conv.stride, conv.dilation, conv.groups, out, sums=False,
+                         repeats=conv.padding_mode == "replicate")  # fmt: skip
+    recorded = dispatch.needs_grad(x, conv.weight, conv.bias)
+    facts = dispatch.Facts(x.device.type, autocast_dtype(x), tuple(x.shape), x.stride(), recorded, options)
+    return dispatch.would_run("conv3d", facts) != "reference"
 
 
 def _view_wins(conv: nn.Conv3d, x: torch.Tensor) -> bool:
@@ -57,5 +51,5 @@ def _forward(conv: nn.Module, eager: Any, input: torch.Tensor) -> torch.Tensor:
                       padding_mode=conv.padding_mode)  # fmt: skip
 
 
-_WHAT = "by a kernel that has won its race (GPU), or through another view where torch's is slow (CPU)"
+_WHAT = "by a kernel (GPU: where it has won its race), or through another view where torch's is slow (CPU)"
 register(Target(("Conv3d",), _WHAT, _check, _forward))

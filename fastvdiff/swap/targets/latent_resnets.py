@@ -13,6 +13,7 @@ from fastvdiff.swap.target import (
     UNRELATED,
     Target,
     dropping,
+    drops_nothing,
     group_norm,
     plain,
     register,
@@ -87,7 +88,8 @@ def _forward(
     else:
         h, stats = convolved(first[2], h, last[0], added)
     shortcut = block.skip_connection(x)
-    fused = None if dropping(block) else normalised(last[0], last[3], h, stats, scale, shift, shortcut)
+    idle = drops_nothing(last[2])
+    fused = normalised(last[0], last[3], h, stats, scale, shift, shortcut) if idle else None
     if fused is not None:
         y = fused[0]
     else:

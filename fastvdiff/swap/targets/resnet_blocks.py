@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastvdiff.swap.chains import convolved, normalised
-from fastvdiff.swap.target import Target, dropping, plain, register, silu
+from fastvdiff.swap.target import Target, drops_nothing, plain, register, silu
 
 from .sequences import fuses, norm_silu
 
@@ -57,7 +57,8 @@ def _forward(
     if block.conv_shortcut is not None:
         # As eager does: DistributedDataParallel wants the gradient of a contiguous weight to be contiguous.
         x = block.conv_shortcut(x.contiguous() if block.training else x)
-    fused = None if dropping(block) else normalised(block.norm2, block.conv2, h, stats, scale, shift, x)
+    idle = drops_nothing(block.dropout)
+    fused = normalised(block.norm2, block.conv2, h, stats, scale, shift, x) if idle else None
     if fused is not None:
         y = fused[0]
     else:

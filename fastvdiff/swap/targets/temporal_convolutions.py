@@ -9,7 +9,7 @@ from torch import nn
 
 from fastvdiff.swap.chains import convolved, normalised
 from fastvdiff.swap.frames import as_video, convolve, dense
-from fastvdiff.swap.target import UNRELATED, Target, dropping, plain, register, silu, takes, untouched
+from fastvdiff.swap.target import UNRELATED, Target, dropping, drops_nothing, plain, register, silu, takes, untouched
 
 from .sequences import fuses, norm_silu
 
@@ -53,7 +53,8 @@ def _through(stacks: list[nn.Sequential], h: torch.Tensor) -> torch.Tensor:
     stats = None
     for stack, after in zip(stacks, (*stacks[1:], None), strict=True):
         norm, conv, then = stack[0], stack[-1], None if after is None else after[0]
-        fused = None if dropping(stack) else normalised(norm, conv, h, stats, then=then)
+        idle = len(stack) == 3 or drops_nothing(stack[2])
+        fused = normalised(norm, conv, h, stats, then=then) if idle else None
         if fused is not None:
             h, stats = fused
             continue
@@ -87,7 +88,8 @@ def _block(block: nn.Module, eager: Any, input_tensor: torch.Tensor, temb: torch
     h = norm_silu(dense(input_tensor, as_eager=dropping(block)), block.norm1)
     h, stats = convolved(block.conv1, h, block.norm2, bias)
     shortcut = input_tensor if block.conv_shortcut is None else convolve(block.conv_shortcut, input_tensor)
-    fused = None if dropping(block) else normalised(block.norm2, block.conv2, h, stats)
+    idle = drops_nothing(block.dropout)
+    fused = normalised(block.norm2, block.conv2, h, stats) if idle else None
     if fused is None:
         fused = convolved(block.conv2, block.dropout(norm_silu(h, block.norm2, stats=stats)), None)
     return shortcut + fused[0]
