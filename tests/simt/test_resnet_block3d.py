@@ -92,3 +92,34 @@ def test_a_convolution_in_another_s_place_is_called() -> None:
     module.conv2 = nn.Conv3d(16, 16, 1).bfloat16()
     module.conv2.forward = lambda x, residual: nn.Conv3d.forward(module.conv2, x) + residual
     assert ran(module, *inputs()).count("group_norm_silu") == 2
+
+
+def test_a_hook_on_the_first_convolution_sees_a_tensor() -> None:
+    for conv in ("spatial", "factorized"):
+        module, seen = block(conv=conv), []
+        watched = module.conv1 if conv == "spatial" else module.conv1.temporal
+        watched.register_forward_hook(lambda m, args, y, seen=seen: seen.append(type(y)))
+        ran(module, *inputs())
+        assert seen == [torch.Tensor]
+
+
+@pytest.mark.parametrize("change", ["padding", "part", "norm"])
+def test_what_is_not_as_it_was_built_is_called(change: str) -> None:
+    module = block(conv="factorized" if change == "part" else "spatial")
+    if change == "padding":
+        module.conv2.padding_mode = "replicate"
+    elif change == "part":
+        spatial = module.conv2.spatial
+        spatial.__class__ = type("Adapted", (type(spatial),), {})
+    else:
+        module.norm2.__class__ = type("Other", (type(module.norm2),), {})
+    assert "norm_silu_conv3d" not in ran(module, *inputs())
+
+
+def test_another_module_as_dropout() -> None:
+    module = block()
+    module.dropout = nn.Identity()
+    x, temb = inputs(torch.float32)
+    with dispatch.use_impl("reference"):
+        assert module.float().train()(x, temb).shape == (2, 16, 3, 5, 4)
+    assert "norm_silu_conv3d" not in ran(module.bfloat16(), *inputs())

@@ -87,3 +87,12 @@ def test_a_watched_convolution_is_called(change: str) -> None:
     ran = [walk.op for walk in dispatch.trace(block, **inputs)]
     assert len(seen) == 1
     assert "norm_silu_conv3d" not in ran
+
+
+def test_another_kind_of_dropout_is_called() -> None:
+    block = BLOCKS["frames"][0]().bfloat16().train()
+    block.dropout = nn.Dropout2d(0.5)
+    fastvdiff.swap_kernels(block)
+    inputs = BLOCKS["frames"][1]
+    assert "norm_silu_conv3d" not in [walk.op for walk in dispatch.trace(block, **inputs)]
+    assert not torch.equal(block(**inputs), block(**inputs))

@@ -1,8 +1,8 @@
 """Causal 3-D convolutions of diffusers' video autoencoders: the padding is an argument of the convolution.
 
-A kernel pads as it reads. Without one conv3d pads in a copy like eager's, and this is taken all the same: on a CPU 1.7 to
-3.3 times as fast on one clip of 5 frames, where torch alone takes im2col, and for EasyAnimate's frame by frame; elsewhere
-the same within the spread of the times.
+A kernel pads as it reads. Without one conv3d pads in a copy like eager's, and this is taken all the same: on a CPU 1.7
+to 3.3 times as fast on one clip of 5 frames, where torch alone takes im2col, and for EasyAnimate's frame by frame;
+elsewhere the same within the spread of the times.
 """
 
 from __future__ import annotations
