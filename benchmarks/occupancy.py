@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,9 +40,9 @@ class _Meta(Draw):
 
 def cuda_usage(architecture: str) -> dict[str, dict[str, int]]:
     """Mangled name of a kernel in the build -> its registers and static shared memory."""
-    from tests.native.test_cuda_objects import usage  # which holds them to what the kernels are cut for
+    from tests.native.test_cuda_objects import Built  # which holds them to what the kernels are cut for
 
-    return usage(architecture)
+    return Built(Path(str(native.library().__file__)), architecture).usage
 
 
 def convolution(

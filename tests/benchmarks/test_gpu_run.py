@@ -19,8 +19,8 @@ from tests.benchmarks.small_cases import LEVEL, cases
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several pieces a case, and no interpreted kernels: they have tests of their own."""
-    native = {op: tuple(i for i in impls if i.name != "triton") for op, impls in dispatch.ops().items()}
+    """Several pieces a case, and no interpreted kernels, nor a CPU's other ones: they have tests of their own."""
+    native = {op: tuple(i for i in impls if i.name in ("cpu", "reference")) for op, impls in dispatch.ops().items()}
     monkeypatch.setattr(dispatch, "ops", lambda: native)
     monkeypatch.setattr(chunked, "PIECE", 2500)
 
