@@ -166,8 +166,8 @@ def _slower(facts: dispatch.Facts) -> str | None:
     # Lanes past the last position do work that is thrown away; the wider the projections, the more it weighs.
     if positions < (0.7 if channels <= 128 else 0.8) * lanes:
         return f"slower here: {positions} positions would fill too few of {lanes} lanes"
-    if facts.dtype == torch.float32 and channels >= 128 and not _AVX512:
-        return f"slower here: float32 projections of {channels} channels, 128 or more without AVX-512"
+    if facts.dtype == torch.float32 and channels > 128 and not _AVX512:
+        return f"slower here: float32 projections of {channels} channels, more than 128 without AVX-512"
     # The backward computes q, k and v again: beyond this the projections are all of the time.
     if facts.needs_grad and channels > 512:
         return f"slower here: a backward with {channels} channels, more than 512"

@@ -250,10 +250,10 @@ def test_stands_aside_where_it_is_slower(
 
 def test_projections_are_left_to_torch_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "_AVX512", False)
-    kernel, reason = dispatch.ops()["temporal_attention_block"][0], "slower here: float32 projections of 128 channels"
-    assert kernel.slower(dispatch.facts_of(torch.empty(1, 128, 16, 8, 8), False)).startswith(reason)
-    assert kernel.slower(dispatch.facts_of(torch.empty(1, 96, 16, 8, 8), False)) is None
-    assert kernel.slower(dispatch.facts_of(torch.empty(1, 128, 16, 8, 8, dtype=torch.bfloat16), False)) is None
+    kernel, reason = dispatch.ops()["temporal_attention_block"][0], "slower here: float32 projections of 256 channels"
+    assert kernel.slower(dispatch.facts_of(torch.empty(1, 256, 16, 8, 8), False)).startswith(reason)
+    assert kernel.slower(dispatch.facts_of(torch.empty(1, 128, 16, 8, 8), False)) is None
+    assert kernel.slower(dispatch.facts_of(torch.empty(1, 256, 16, 8, 8, dtype=torch.bfloat16), False)) is None
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
