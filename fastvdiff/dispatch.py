@@ -39,6 +39,16 @@ def facts_of(x: torch.Tensor, needs_grad: bool, **options: Any) -> Facts:
     return Facts(x.device.type, x.dtype, tuple(x.shape), x.stride(), needs_grad, options)
 
 
+def contiguous_facts(
+    device: str, dtype: torch.dtype, shape: tuple[int, ...], needs_grad: bool, **options: Any
+) -> Facts:
+    """Facts of a call whose main tensor is yet to be computed, and will be contiguous."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return Facts(device, dtype, shape, tuple(strides), needs_grad, options)
+
+
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd records a call on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

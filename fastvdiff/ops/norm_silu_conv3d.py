@@ -220,10 +220,8 @@ def _backward(
     shift: Any, silu: bool, stats: Any, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any, replicate: Any,
     prefix: Any, needs_weight: bool, impl: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    norm, convolution = (
-        registration.backend(impl, "group_norm_silu"),
-        registration.backend(_CONVOLUTIONS[impl], "conv3d"),
-    )
+    norm = registration.backend(impl, "group_norm_silu")
+    convolution = registration.backend(_CONVOLUTIONS[impl], "conv3d")
     geometry = convolution.Geometry(*map(tuple, (stride, padding, dilation, replicate)))
     grad = grad.to(x.dtype)
     h, moments = norm.forward(x, num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats)

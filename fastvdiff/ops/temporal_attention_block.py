@@ -181,10 +181,7 @@ def _unfused(facts: dispatch.Facts) -> str | None:
     batch, _, frames, height, width = facts.shape
     inner, heads = facts.options["inner"], facts.options["heads"]
     shape = (batch, frames, height * width, heads, inner // heads)
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    attention = dispatch.Facts(facts.device, facts.dtype, shape, tuple(strides), facts.needs_grad, {"keys": frames})
+    attention = dispatch.contiguous_facts(facts.device, facts.dtype, shape, facts.needs_grad, keys=frames)
     none = dispatch.would_run("temporal_attention", attention) == "reference"
     return "temporal_attention has no kernel for it either" if none else None
 

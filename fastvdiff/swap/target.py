@@ -131,8 +131,5 @@ def kernel_runs(op: str, x: torch.Tensor, *parameters: torch.Tensor | None, **op
 
 def kernel_would_run(op: str, like: torch.Tensor, shape: tuple[int, ...], recorded: bool, **options: Any) -> bool:
     """`kernel_runs` for a contiguous tensor of `shape` that is yet to be computed, on the device of `like`."""
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    facts = dispatch.Facts(like.device.type, like.dtype, shape, tuple(strides), recorded, options)
+    facts = dispatch.contiguous_facts(like.device.type, like.dtype, shape, recorded, **options)
     return dispatch.choose(op, facts, record=False).name != "reference"
