@@ -140,8 +140,11 @@ def _call_reference(facts: dispatch.Facts, *args: Any) -> torch.Tensor | tuple[t
 
 
 def _call_cpu(facts: dispatch.Facts, *args: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The norm's C++ kernel and the convolution's, or oneDNN's."""
-    if dispatch.would_run("conv3d", facts) == "cpu_winograd":
+    """The norm's C++ kernel and the convolution's, or oneDNN's.
+
+    With a gradient it is oneDNN: where the gradient of the bias or shift sums what cancels, filtering rounds too much.
+    """
+    if not facts.needs_grad and dispatch.would_run("conv3d", facts) == "cpu_winograd":
         return _call_kernel("cpu", *args)
     return _recomputing(facts, _pair, *args)
 
