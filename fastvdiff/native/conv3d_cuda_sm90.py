@@ -1,7 +1,9 @@
 """conv3d on tensor copies and warpgroup products (csrc/cuda/conv3d_sm90.cu) beside the portable kernels.
 
-Forward, and the data gradient of a stride of 1, which is a convolution with the taps turned round. What the kernel does
-not take (repeated edges, a prefix, statistics, odd addresses) and the weight gradient run on `conv3d_cuda`'s kernels.
+Forward, and the data gradient of a stride of 1, which is a convolution with the taps turned round. The weight gradient
+is cuDNN's, four times as fast on such a device as `conv3d_cuda`'s. What the kernel does not take (repeated edges, a
+prefix, statistics, odd addresses), and weight gradients of paddings that cuDNN does not have, run on `conv3d_cuda`'s
+kernels.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import torch
 
 from . import conv3d_cuda as portable
 from . import library, multiprocessors, on_device, stream
-from .conv3d_cuda import Geometry, Plan, weight_gradient
+from .conv3d_cuda import Geometry, Plan
 
 __all__ = ["Geometry", "forward", "input_gradient", "plans", "weight_gradient"]
 
@@ -44,6 +46,20 @@ def input_gradient(
         if _done(call, x):
             return dx, None
     return portable.input_gradient(grad, x, weight, geometry, prefix)
+
+
+def weight_gradient(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: Geometry, prefix: _Optional
+) -> torch.Tensor:
+    """As `conv3d_cuda.weight_gradient`; the order of cuDNN's sums is torch.backends.cudnn.deterministic's matter."""
+    front, back = geometry.padding[::2], geometry.padding[1::2]
+    if prefix is not None or any(geometry.replicate) or front != back or not grad.numel() or not x.numel():
+        return portable.weight_gradient(grad, x, weight, geometry, prefix)
+    found = torch.ops.aten.convolution_backward(
+        grad, x, weight.to(x.dtype), None, geometry.stride, front, geometry.dilation, False, (0, 0, 0), 1,
+        (False, True, False),
+    )[1]  # fmt: skip
+    return torch.empty_like(weight, memory_format=torch.contiguous_format).copy_(found)
 
 
 def plans(

@@ -15,6 +15,8 @@ from .offline import SHARED_MEMORY
 
 ROOT = Path(__file__).parents[2]
 Record = dict[str, Any]
+# What spills some values and is the fastest configuration measured on an H100 all the same.
+FASTER_WITH_SPILLS = {("temporal_attention-svd-l0-channels_first", "temporal_attention_bwd_kernel")}
 
 
 @pytest.fixture(scope="module", params=["ordinary", pytest.param("all", marks=pytest.mark.long)])
@@ -43,10 +45,12 @@ def records(request: pytest.FixtureRequest, compiled: dict[str, list[Record]]) -
 
 
 def test_nothing_spills(records: list[Record]) -> None:
-    """Every shipped configuration keeps its values in registers."""
+    """Every shipped configuration keeps its values in registers, but for those that were measured."""
     assert records
     spilled = [r for r in records if r["local"] or r["stack"] or r["stl"]]
-    assert not spilled, "\n".join(map(str, spilled))
+    measured = FASTER_WITH_SPILLS if records[0]["architecture"] != "sm_80" else set()
+    unknown = [r for r in spilled if (r["case"], r["kernel"]) not in measured]
+    assert not unknown, "\n".join(map(str, unknown))
 
 
 def test_shared_memory_fits(records: list[Record]) -> None:

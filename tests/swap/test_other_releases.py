@@ -54,6 +54,6 @@ def test_libraries_of_a_year_ago(tmp_path: Path) -> None:
 def test_libraries_that_are_not_installed(release: str, tmp_path: Path) -> None:
     """MONAI, imagen-pytorch and `release` of video-diffusion-pytorch, without torchvision: half a minute."""
     environment = _beside(tmp_path, *NEVER_INSTALLED, f"video-diffusion-pytorch=={release}")
-    printed = _tested(environment, "-k", "library_itself or pytorch_itself")
+    printed = _tested(environment, "-m", "long or not long", "-k", "library_itself or pytorch_itself")
     assert "3 passed" in printed, printed
     assert "skipped" not in printed, printed
