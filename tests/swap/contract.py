@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable
 from io import BytesIO
@@ -105,10 +106,11 @@ def _draw_parameters(model: nn.Module, seed: int) -> None:
 
 
 def _hold_output(model: nn.Module, twin: nn.Module, inputs: Inputs, dtype: torch.dtype, draws: int = 12) -> None:
-    """The root mean square error of a swapped `model`'s output over draws of its parameters, beside its eager twin's.
+    """The geometric mean error of a swapped `model`'s output over draws of its parameters, beside its eager twin's.
 
     In one draw the rounding errors of a chain of layers add up or cancel: the ratio to eager's error lay between 0.2
-    and 1.6 in an autoencoder whose root mean square over 16 draws was 0.9 of eager's.
+    and 2.1 in an autoencoder where it was 0.9 on average over 16. A badly conditioned draw, whose errors are ten times
+    the others', counts no more than another.
     """
     wide = copy.deepcopy(twin).double()
     errors: dict[str, list[float]] = {"eager": [], "recorded": [], "not recorded": []}
@@ -127,10 +129,14 @@ def _hold_output(model: nn.Module, twin: nn.Module, inputs: Inputs, dtype: torch
             assert y.shape == oracle.shape
             assert torch.isfinite(y).all()
             errors[way].append(relative_error(y, oracle, 0.0))
-    eager, *found = (sum(e**2 for e in of_way) ** 0.5 / draws**0.5 for of_way in errors.values())
+    eager, *found = map(_geometric_mean, errors.values())
     for way, error in zip(list(errors)[1:], found, strict=True):
         allowed = limit(eager, dtype, FORWARD_RATIO)
         assert error <= allowed, f"output, {way}: relative error {error:.2e} > {allowed:.2e} (eager's {eager:.2e})"
+
+
+def _geometric_mean(errors: list[float]) -> float:
+    return math.exp(sum(math.log(max(error, 1e-30)) for error in errors) / len(errors))
 
 
 def _floating(value: Any) -> bool:
@@ -197,11 +203,27 @@ def hold_round_trip(model: nn.Module, other: nn.Module, inputs: Inputs) -> None:
         swapped, eager = sample_of(model(**inputs)), sample_of(other(**inputs))
         assert torch.equal(sample_of(loaded(**inputs)), eager)
         torch.testing.assert_close(swapped, eager, rtol=1e-4, atol=1e-4)
-        with torch.autocast("cpu", torch.bfloat16):
-            swapped_low, eager_low = sample_of(model(**inputs)), sample_of(other(**inputs))
-    assert swapped_low.dtype == eager_low.dtype
-    scale = float(eager.norm())
-    assert float((swapped_low - eager).norm()) <= 2 * float((eager_low - eager).norm()) + 2e-3 * scale
+    _hold_autocast(model, other, inputs)
+
+
+def _hold_autocast(model: nn.Module, other: nn.Module, inputs: Inputs, draws: int = 8) -> None:
+    """Under autocast a swapped `model` is as near to float32 as `other`, in the geometric mean over draws.
+
+    In one draw of an autoencoder the ratio lay between 0.4 and 2.5, over 24 of them at 1.05.
+    """
+    errors: tuple[list[float], list[float]] = ([], [])
+    for seed in range(draws):
+        for network in (model, other):
+            _draw_parameters(network, seed)
+        with torch.no_grad():
+            exact = sample_of(other(**inputs))
+            with torch.autocast("cpu", torch.bfloat16):
+                found = [sample_of(network(**inputs)) for network in (model, other)]
+        assert found[0].dtype == found[1].dtype
+        for of_network, y in zip(errors, found, strict=True):
+            of_network.append(relative_error(y, exact.double(), 0.0))
+    swapped, eager = map(_geometric_mean, errors)
+    assert swapped <= 1.5 * eager + 2e-3, f"under autocast: relative error {swapped:.2e}, eager's {eager:.2e}"
 
 
 def hold_saved(
