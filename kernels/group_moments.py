@@ -50,7 +50,8 @@ def pool(mean, m2, n, AXIS: tl.constexpr):
     mean = tl.where(present, mean, 0.0)
     # The mean twice, the second time of what the first left: the sum of large means alone would round.
     rough = tl.sum(share * mean, AXIS)
-    left = tl.where(present, mean - tl.expand_dims(rough, AXIS), 0.0)
+    rough_there = tl.expand_dims(rough, AXIS)
+    left = tl.where(present, mean, rough_there) - rough_there  # a masked difference, Triton 3.6 fails to lay out
     pooled = rough + tl.sum(share * left, AXIS)
     apart = tl.where(present, mean - tl.expand_dims(pooled, AXIS), 0.0)
     return pooled, tl.sum(tl.where(present, m2, 0.0) + n * apart * apart, AXIS), total

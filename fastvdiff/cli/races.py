@@ -18,7 +18,11 @@ from fastvdiff.reference.conv3d import moments
 
 from .examples import Arguments, Draw
 
-SIZES = {64: (2, 64, 16, 128, 128), 320: (2, 320, 16, 64, 64)}  # channels -> (B, C, T, H, W)
+SIZES = {
+    64: (2, 64, 16, 128, 128),
+    320: (2, 320, 16, 64, 64),
+    1280: (2, 1280, 16, 16, 16),
+}  # channels -> (B, C, T, H, W)
 _KERNELS = ((1, 1, 1), (1, 3, 3), (3, 1, 1), (3, 3, 3))
 _DTYPES = {"bfloat16": torch.bfloat16, "tf32": torch.float32}
 _NORM_GROUPS = 32
@@ -60,6 +64,16 @@ class Contest:
             return (x, *convolution), named
         named["stats"] = moments(x.detach(), _NORM_GROUPS).float()
         return (x, _NORM_GROUPS, draw(channels), draw(channels), *convolution), named
+
+    def takes(self, impl: str, device: str) -> bool:
+        """Whether `impl` runs the call when it is asked for by name."""
+        args, named = self.make(device)
+        try:
+            with _as_fast_as_torch_goes(), torch.set_grad_enabled(self.training):
+                getattr(ops, self.op)(*args, **named, impl=impl)
+        except NotImplementedError:
+            return False
+        return True
 
     def call(self, run: Callable[..., Any], args: Any, named: dict[str, Any]) -> Callable[[], None]:
         """A timed run: the forward, or with the gradients of everything."""

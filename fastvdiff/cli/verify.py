@@ -95,7 +95,9 @@ def _races(console: Console, passed: set[str]) -> list[str]:
         verified.save(_device(), passed, races.won(outcomes))
         dispatch.recall()
         with console.status(f"racing {op} against what would run without its kernel"):
-            outcomes += [races.run(c, impl, _device()) for impl in impls for c in races.contests(op)]
+            outcomes += [
+                races.run(c, impl, _device()) for impl in impls for c in races.contests(op) if c.takes(impl, _device())
+            ]
     if outcomes:
         console.print(races.table(outcomes))
     return races.won(outcomes)

@@ -138,7 +138,7 @@ def leaves_statistics(conv: nn.Module, x: torch.Tensor, sums: bool) -> bool:
 
     `sums`: with a channel bias.
     """
-    return _plain(conv) and impl_of(x, _parts(conv)[-1].weight, sums).startswith("cuda")
+    return _plain(conv) and impl_of(x, _parts(conv)[-1].weight, sums) == "cuda"
 
 
 def normalises_as_it_reads(norm: nn.Module, conv: nn.Module, x: torch.Tensor) -> bool:

@@ -14,7 +14,16 @@ from fastvdiff.reference.conv3d import triple
 from fastvdiff.reference.norm_silu_conv3d import norm_silu_conv3d as _reference
 
 from . import registration
-from .conv3d import GEOMETRY, bias_gradients_of, geometry_of, is_channels_last, result_like, shape_of, with_statistics
+from .conv3d import (
+    GEOMETRY,
+    bias_gradients_of,
+    conv3d,
+    geometry_of,
+    is_channels_last,
+    result_like,
+    shape_of,
+    with_statistics,
+)
 from .conv3d import check as check_convolution
 from .conv3d_facts import on_cuda, options_of, race_class, size_keeping
 from .group_norm_silu import group_norm_silu
@@ -73,7 +82,7 @@ def norm_silu_conv3d(
             prefix holds frames of h, not of x.
         impl: None, or the implementation to use, strictly: "cpu" (the norm's kernel, then `conv3d`'s or oneDNN's),
             "cuda" (with `stats` the norm is applied as the convolution reads it; else the two ops' kernels run one
-            after the other) or "reference".
+            after the other), "unfused" (`group_norm_silu` and `conv3d`, each by its own choice) or "reference".
 
     Returns:
         As `conv3d`: y, or (y, statistics of y) with `stats_groups`.
@@ -90,10 +99,10 @@ def norm_silu_conv3d(
     x = x.to(registration.autocast_dtype(x))
     differentiable = (x, norm_weight, norm_bias, weight, bias, scale, shift, prefix, channel_bias, residual)
     facts = dispatch.facts_of(
-        x, dispatch.needs_grad(*differentiable), given=stats is not None,
+        x, dispatch.needs_grad(*differentiable), given=stats is not None, num_groups=num_groups,
         **options_of(x.shape[0], weight, stride, dilation, groups, out_sizes,
                      channel_bias is not None or residual is not None, "replicate" in triple(padding_mode),
-                     prefix is not None),
+                     prefix is not None, stats_groups > 0),
     )  # fmt: skip
     chosen = dispatch.choose(_OP, facts, impl)
     norm = (num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats)
@@ -115,7 +124,7 @@ def normalises_as_it_reads(x: torch.Tensor, weight: torch.Tensor, sums: bool) ->
 
     `sums`: the convolution has a channel bias or a residual.
     """
-    return dispatch.would_run(_OP, size_keeping(x, weight, sums, given=True)) == "cuda"
+    return dispatch.would_run(_OP, size_keeping(x, weight, sums, given=True, num_groups=1)) == "cuda"
 
 
 def _check_norm(
@@ -170,6 +179,52 @@ def _pair(
         x, num_groups, norm_weight, norm_bias, eps, scale=scale, shift=shift, silu=silu, stats=stats, impl="cpu"
     )
     return _reference_conv3d(h, weight, bias, **convolution)
+
+
+def _unfused(facts: dispatch.Facts) -> str | None:
+    """One of the two ops at least has a kernel for its part."""
+    options = {"num_groups": facts.options["num_groups"], "stats": facts.options["given"]}
+    norm = dispatch.would_run("group_norm_silu", facts._replace(options=options))
+    if norm == dispatch.would_run("conv3d", facts) == "reference":
+        return "neither group_norm_silu nor conv3d has a kernel for it"
+    return None
+
+
+def _call_unfused(
+    facts: dispatch.Facts, x: torch.Tensor, weight: torch.Tensor, bias: Any, norm: tuple[Any, ...],
+    convolution: dict[str, Any],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The two ops. With a gradient the convolution keeps how h is computed and not h, whatever view of it it saves."""
+    num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats = norm
+    wishes = dispatch.wishes()
+
+    def normalised() -> torch.Tensor:
+        return group_norm_silu(
+            x, num_groups, norm_weight, norm_bias, eps, scale=scale, shift=shift, silu=silu, stats=stats
+        )
+
+    h = normalised()
+    if not facts.needs_grad or torch.compiler.is_compiling():
+        return conv3d(h, weight, bias, **convolution)
+    memory = h.untyped_storage().data_ptr()
+
+    def pack(saved: torch.Tensor) -> Any:
+        if saved.untyped_storage().data_ptr() != memory:
+            return saved
+        return saved.shape, saved.stride(), saved.storage_offset()
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                f'{_OP}: no second derivative with impl="unfused"; pass impl="reference" where one is needed'
+            )
+        with torch.no_grad(), registration.without_autocast(x), dispatch.recalled(wishes):
+            return normalised().as_strided(*packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return conv3d(h, weight, bias, **convolution)
 
 
 def _call_cuda(facts: dispatch.Facts, *args: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -302,5 +357,6 @@ dispatch.register(
     _OP,
     dispatch.Impl("cpu", registration.on_cpu, _call_cpu, frozenset({"x86_64"})),
     dispatch.Impl("cuda", on_cuda, _call_cuda, frozenset(), tf32=True, raced=_race_class),
+    dispatch.Impl("unfused", _unfused, _call_unfused),
     dispatch.Impl("reference", lambda facts: None, _call_reference),
 )

@@ -30,7 +30,7 @@ def convolved(
         clip, weight = _as_video(x), _weight(conv)
         impl = impl_of(clip, weight, sums=bool(sums))
         if impl != "reference":
-            groups = norm.num_groups if norm is not None and group_norm(norm) and impl.startswith("cuda") else 0
+            groups = norm.num_groups if norm is not None and group_norm(norm) and impl == "cuda" else 0
             found = ops.conv3d(
                 clip, weight, conv.bias, padding="same", channel_bias=for_batch(channel_bias, x),
                 residual=None if residual is None else _as_video(residual), stats_groups=groups,

@@ -16,6 +16,7 @@ from rich.console import Console
 from fastvdiff import dispatch, ops, verified
 from fastvdiff.cli import races, verify
 from fastvdiff.cli.examples import EXAMPLES
+from fastvdiff.ops import registration
 from fastvdiff.ops.conv3d_facts import race_class
 from tests.simt.conv3d_library import shim
 from tests.simt.host import require_shim
@@ -25,7 +26,7 @@ KERNELS = {"conv3d.cuda", "norm_silu_conv3d.cuda"}
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setattr(races, "SIZES", {64: (1, 64, 1, 2, 2), 320: (1, 320, 1, 2, 2)})
+    monkeypatch.setattr(races, "SIZES", {channels: (1, channels, 1, 2, 2) for channels in (64, 320, 1280)})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     dispatch.recall()
     yield
@@ -50,7 +51,7 @@ def facts(contest: races.Contest) -> dispatch.Facts:
 def test_each_contest_stands_for_a_class_of_its_own(op: str) -> None:
     (kernel,) = (impl for impl in dispatch.ops()[op] if impl.name == "cuda")
     classes = [kernel.raced(facts(contest)) for contest in races.contests(op)]
-    assert len(set(classes)) == len(classes) == 4 * 2 * 2 * 2 * 2 * 2
+    assert len(set(classes)) == len(classes) == 4 * 3 * 2 * 2 * 2 * 2
     assert "others" not in classes
 
 
@@ -85,8 +86,17 @@ def test_a_kernel_runs_by_itself_in_the_classes_that_it_has_won(monkeypatch: pyt
     assert chosen(plain).chosen == "cuda"
     assert chosen(wide).chosen == "reference"
     assert chosen(wide).reasons["cuda"] == (
-        "has not won the race on this device: 1x1x1, 192 channels and more, channels_last, 16 bits, no sums, forward"
+        "has not won the race on this device: 1x1x1, 192 to 479 channels, channels_last, 16 bits, no sums, forward"
     )
+
+
+@pytest.mark.usefixtures("_on_shim")
+def test_only_what_an_implementation_takes_is_raced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "on_sm90a", lambda facts: None)
+    assert contest().takes("cuda", "cpu")
+    assert contest(numbers="tf32").takes("cuda", "cpu")
+    assert not contest(numbers="tf32").takes("cuda_sm90", "cpu")
+    assert not contest(channels_last=False).takes("cuda_sm90", "cpu")
 
 
 @pytest.mark.usefixtures("_on_shim")

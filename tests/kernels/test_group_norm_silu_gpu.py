@@ -62,9 +62,9 @@ def drawn(
 
 
 def run(impl: str, leaves: dict[str, Any], groups: int, grad: torch.Tensor) -> list[torch.Tensor]:
-    """The result and every gradient."""
+    """The result and every gradient, without a graph: a leaf's place in it keeps the stream on which it was made."""
     y = group_norm_silu(num_groups=groups, impl=impl, **leaves)
-    return [y, *torch.autograd.grad(y, list(leaves.values()), grad)]
+    return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), grad)]
 
 
 @contextmanager

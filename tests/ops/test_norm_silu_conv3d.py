@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastvdiff import dispatch
 from fastvdiff.ops import conv3d, group_norm_silu, norm_silu_conv3d
 from tests.closeness import GRADIENT_RATIO, GRADIENT_SCALE, assert_close
 
@@ -71,19 +74,22 @@ def ours(norm_weight: Any = None, norm_bias: Any = None, **arguments: Any) -> An
     batch=st.integers(0, 2), channels=st.sampled_from([4, 8, 40]), frames=st.integers(1, 5), height=st.integers(2, 6),
     width=st.integers(1, 7), kernel=st.sampled_from([(1, 1, 1), (1, 3, 3), (3, 1, 1), (3, 3, 3)]), last=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]), silu=st.booleans(),
-    per_frame=st.booleans(), names=st.frozensets(st.sampled_from(TENSORS)), reference=st.booleans(),
+    per_frame=st.booleans(), names=st.frozensets(st.sampled_from(TENSORS)),
+    impl=st.sampled_from([None, "reference", "unfused"]),
 )  # fmt: skip
 def test_drawn_calls(
     batch: int, channels: int, frames: int, height: int, width: int, kernel: tuple[int, int, int], last: bool,
-    dtype: torch.dtype, silu: bool, per_frame: bool, names: frozenset[str], reference: bool,
+    dtype: torch.dtype, silu: bool, per_frame: bool, names: frozenset[str], impl: str | None,
 ) -> None:  # fmt: skip
+    if dtype == torch.float64 and impl == "unfused":
+        impl = None
     if "norm_bias" in names:
         names |= {"norm_weight"}  # torch's own backward fails on a bias without a weight
     tensors = drawn(batch, channels, (frames, height, width), kernel, dtype, names, last, per_frame)
     options = {"num_groups": 4, "silu": silu, "padding": tuple(k // 2 for k in kernel)}
     exact, exact_grads = run(eager, tensors, torch.float64, **options)
     plain, plain_grads = run(eager, tensors, dtype, **options)
-    y, grads = run(ours, tensors, dtype, impl="reference" if reference else None, **options)
+    y, grads = run(ours, tensors, dtype, impl=impl, **options)
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=CHANNELS_LAST if last else torch.contiguous_format) or y.numel() == 0
     largest = max(float(g.norm()) for g in exact_grads.values())
@@ -95,13 +101,13 @@ def test_drawn_calls(
             assert_close(value, oracle, baseline, what=name, **limits)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "unfused", "reference"])
 def test_options_of_the_convolution_and_statistics(impl: str) -> None:
     x, weight = torch.randn(2, 8, 5, 6, 6), torch.randn(6, 8, 3, 3, 3)
     convolution = {"stride": (1, 2, 2), "padding": (2, 0, 1, 1, 1, 1), "prefix": torch.randn(2, 8, 2, 6, 6),
                    "padding_mode": ("zeros", "replicate", "zeros"), "channel_bias": torch.randn(2, 6, 5)}  # fmt: skip
     y, stats = norm_silu_conv3d(x, 4, None, None, weight, **convolution, stats_groups=3, impl=impl)
-    h = group_norm_silu(x, 4, impl=impl)
+    h = group_norm_silu(x, 4, impl="reference" if impl == "reference" else "cpu")
     expected, expected_stats = conv3d(h, weight, **convolution, stats_groups=3)
     assert torch.equal(y, expected)
     assert torch.equal(stats, expected_stats)
@@ -126,6 +132,43 @@ def test_only_the_input_is_kept_for_the_backward(impl: str) -> None:
     assert weight.grad is not None
 
 
+@pytest.mark.parametrize("convolution", ["cpu_winograd", "reference"])
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "contiguous"])
+def test_unfused_keeps_nothing_of_the_activation(convolution: str, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even a view of it; the backward makes it again, once for each time that it is read."""
+    module = importlib.import_module("fastvdiff.ops.norm_silu_conv3d")
+    made: list[weakref.ref[Any]] = []
+
+    def noted(*args: Any, **named: Any) -> torch.Tensor:
+        h = group_norm_silu(*args, **named)
+        made.append(weakref.ref(h.untyped_storage()))
+        return h
+
+    monkeypatch.setattr(module, "group_norm_silu", noted)
+    x = torch.randn(1, 32, 4, 8, 8)
+    x = x.contiguous(memory_format=CHANNELS_LAST if last else torch.contiguous_format).requires_grad_()
+    weight = torch.randn(32, 32, 1, 3, 3, requires_grad=True)
+    with dispatch.use_impl(conv3d=convolution):
+        y = norm_silu_conv3d(x, 4, None, None, weight, padding="same", impl="unfused")
+    assert len(made) == 1
+    assert made[0]() is None
+    found = torch.autograd.grad(y.sum(), (x, weight))
+    assert len(made) > 1
+    expected = torch.autograd.grad(norm_silu_conv3d(x, 4, None, None, weight, padding="same", impl="reference").sum(),
+                                   (x, weight))  # fmt: skip
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_what_unfused_refuses() -> None:
+    x, weight = torch.randn(1, 8, 3, 5, 5, requires_grad=True), torch.randn(8, 8, 1, 3, 3, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="neither group_norm_silu nor conv3d has a kernel"):
+        norm_silu_conv3d(x.double(), 4, None, None, weight, padding="same", impl="unfused")
+    y = norm_silu_conv3d(x, 4, None, None, weight, padding="same", impl="unfused")
+    with pytest.raises(NotImplementedError, match=r"no second derivative.*reference"):
+        torch.autograd.grad(y.square().sum(), weight, create_graph=True)
+
+
 def test_autocast() -> None:
     x, weight = torch.randn(1, 8, 3, 5, 5), torch.randn(8, 8, 1, 3, 3, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -135,7 +178,7 @@ def test_autocast() -> None:
     assert weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "unfused", "reference"])
 def test_compiled_without_a_graph_break(impl: str) -> None:
     tensors = drawn(2, 8, (3, 5, 5), (3, 3, 3), torch.float32, frozenset(TENSORS), True, False)
     options = {"num_groups": 4, "padding": 1, "impl": impl}

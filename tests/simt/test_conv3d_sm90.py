@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from fastvdiff import dispatch, verified
 from fastvdiff.native import conv3d_cuda as native
 from fastvdiff.native import conv3d_cuda_sm90
 from fastvdiff.ops import conv3d, registration
+from fastvdiff.ops.conv3d_facts import race_class
 from tests.closeness import hold
 
 from .conv3d_library import Library, shim
@@ -111,6 +113,25 @@ def test_residual_and_statistics(copies: Copies) -> None:
     assert copies.taken == 2
     hold(conv3d, x, weight, residual=residual, stats_groups=4, **options)
     assert copies.taken == 3  # the gradient alone
+
+
+def test_runs_by_itself_where_it_has_won(copies: Copies, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead of the portable kernel; what it would hand on to that one it leaves alone."""
+    x, weight = clip(1, 32, 2, 4, 5), draw(32, 32, 1, 3, 3)
+
+    def chosen(**options: Any) -> dispatch.Walk:
+        with torch.no_grad():
+            return dispatch.trace(conv3d, x, weight, padding="same", **options)[0]
+
+    which = race_class(chosen().facts)
+    record = {"conv3d.cuda", "conv3d.cuda_sm90", verified.won("conv3d.cuda_sm90", which)}
+    monkeypatch.setattr(dispatch, "_FOUND", {"cpu": frozenset(record)})
+    assert chosen().chosen == "cuda_sm90"
+    assert "statistics" in chosen(stats_groups=4).reasons["cuda_sm90"]
+    assert "replicate" in chosen(padding_mode="replicate").reasons["cuda_sm90"]
+    monkeypatch.setattr(dispatch, "_FOUND", {"cpu": frozenset({*record, verified.won("conv3d.cuda", which)})})
+    assert chosen().chosen == "cuda_sm90"
+    assert chosen(stats_groups=4).chosen == "cuda"
 
 
 def test_what_is_refused(copies: Copies) -> None:
