@@ -61,7 +61,7 @@ def check(call: tuple[torch.Tensor, dict[str, Any], torch.dtype]) -> None:
 
 
 def results(x: torch.Tensor, heads: int, options: dict[str, Any]) -> list[torch.Tensor]:
-    """The Triton kernels' result, and the gradients of x and of every parameter; without a graph, as a capture needs."""
+    """The Triton kernels' result, and the gradients of x and of every parameter, none with a graph of autograd's."""
     y = block(x, heads=heads, impl="triton", **options)
     leaves = [x, *(t for t in options.values() if isinstance(t, torch.Tensor) and t.requires_grad)]
     return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
