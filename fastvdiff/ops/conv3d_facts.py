@@ -89,33 +89,32 @@ def on_cpu_winograd(facts: dispatch.Facts) -> str | None:
 
 
 def slower_than_direct(facts: dispatch.Facts) -> str | None:
-    """The classes in which minimal filtering lost against oneDNN on x86 with AVX2, forward or training.
+    """The classes in which minimal filtering lost against oneDNN on x86 with AVX2 or AVX-512, forward or training.
 
-    With AVX-512 it has not been timed; torch's transforms have no rule for it.
+    torch's transforms have no rule for it.
     """
-    if _AVX512:
-        return "not timed with AVX-512 yet: it runs where it is named"
     if not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     ):
         return "left to torch under vmap and forward-mode differentiation"
     weight, (frames, height, width) = facts.options["weight"], facts.options["out_sizes"]
+    last = _channels_last(facts)
     fewest, pairs = min(facts.shape[1], weight[0]), facts.shape[1] * weight[0]
     if facts.dtype.itemsize == 2 and facts.dtype in FAST_ON_CPU:
         return f"slower here: oneDNN multiplies {facts.dtype} by instructions of its own"
     if weight[3] == 1:
-        if not _channels_last(facts):
+        if not last:
             return "slower here: 3x1x1 on a contiguous tensor"
         if fewest < 32 or pairs * facts.options["positions"] < 600_000:
             return "slower here: 3x1x1 with fewer than 32 channels, or on a small tensor"
         asked, made = frames, -(-frames // 4) * 4
     else:
-        least = 16 if _channels_last(facts) else 48
+        least = 48 if not last else 32 if _AVX512 else 16
         if fewest < least:
             return f"slower here: fewer than {least} channels"
-        tiles = -(-height // 4) * -(-width // 4)
-        if facts.shape[0] * frames * tiles < 24 and pairs > 2048:
-            return "slower here: the weight is large beside a tensor of fewer than 24 tiles"
+        tiles, few = -(-height // 4) * -(-width // 4), 64 if _AVX512 and not last else 24
+        if facts.shape[0] * frames * tiles < few and pairs > 2048:
+            return f"slower here: the weight is large beside a tensor of fewer than {few} tiles"
         asked, made = height * width, tiles * 16
     return f"slower here: of its tiles' {made} outputs {asked} are asked for" if asked < 0.65 * made else None
 

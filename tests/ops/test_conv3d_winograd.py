@@ -225,8 +225,10 @@ def test_what_it_does_not_run(options: dict[str, Any], reason: str) -> None:
     ids=["channels", "tiles", "weight", "contiguous", "fast"],
 )
 def test_stands_aside_where_it_is_slower(
-    shape: tuple[int, ...], outputs: int, kernel: tuple[int, ...], reason: str | None
-) -> None:
+    shape: tuple[int, ...], outputs: int, kernel: tuple[int, ...], reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(conv3d_facts, "_AVX512", False)
     (kernel_impl,) = (impl for impl in dispatch.ops()["conv3d"] if impl.name == "cpu_winograd")
     x, weight = torch.zeros(shape), torch.zeros(outputs, shape[1], *kernel)
     walk = dispatch.trace(conv3d, x, weight, padding="same", impl="reference")[0]
@@ -304,8 +306,21 @@ def test_asked_for_by_name_it_binds_no_other_op() -> None:
             conv3d(x, weight)
 
 
-def test_not_chosen_where_it_was_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv3d_facts, "_AVX512", True)
-    walk = dispatch.trace(conv3d, *ordinary(), padding="same")[0]
-    assert walk.chosen == "reference"
-    assert walk.reasons["cpu_winograd"] == "not timed with AVX-512 yet: it runs where it is named"
+@pytest.mark.parametrize(
+    ("avx512", "channels", "layout", "frames", "reason"),
+    [
+        (False, 24, "channels_last", 8, None),
+        (True, 24, "channels_last", 8, "slower here: fewer than 32 channels"),
+        (True, 32, "channels_last", 8, None),
+        (False, 64, "contiguous", 8, None),
+        (True, 64, "contiguous", 8, "slower here: the weight is large beside a tensor of fewer than 64 tiles"),
+        (True, 64, "contiguous", 16, None),
+    ],
+)
+def test_wider_registers_make_direct_sums_faster(
+    avx512: bool, channels: int, layout: str, frames: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv3d_facts, "_AVX512", avx512)
+    x, weight = laid_out(torch.zeros(1, channels, frames, 8, 8), layout), torch.zeros(channels, channels, 1, 3, 3)
+    walk = dispatch.trace(conv3d, x, weight, padding="same", impl="reference")[0]
+    assert conv3d_facts.slower_than_direct(walk.facts) == reason
