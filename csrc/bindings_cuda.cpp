@@ -129,6 +129,9 @@ void bind_cuda_conv3d(py::module_& m) {
   m.def("cuda_conv3d_sm90_plan", [](const std::array<int64_t, 29>& numbers, int multiprocessors) {
     return fields(cuda::conv3d_sm90_plan(cuda_conv3d_params(numbers), multiprocessors));
   });
+  m.def("cuda_conv3d_sm90_cluster_plan", [](const std::array<int64_t, 29>& numbers, int multiprocessors) {
+    return fields(cuda::conv3d_sm90_cluster_plan(cuda_conv3d_params(numbers), multiprocessors));
+  });
   m.def("cuda_conv3d", [](int pass, const std::array<Address, 13>& addresses, const std::array<int64_t, 22>& strides,
                           const std::array<int64_t, 29>& numbers, Address stream) {
     cuda::Conv3dParams p = cuda_conv3d_params(numbers);
@@ -141,14 +144,19 @@ void bind_cuda_conv3d(py::module_& m) {
     throw std::invalid_argument("conv3d: unknown pass");
   });
   // The forward pass on capability 9.0; whether it takes the call.
-  m.def("cuda_conv3d_sm90_forward", [](const std::array<Address, 13>& addresses, const std::array<int64_t, 22>& strides,
-                                       const std::array<int64_t, 29>& numbers, int multiprocessors, Address stream) {
-    cuda::Conv3dParams p = cuda_conv3d_params(numbers);
-    set_tensors(p, addresses, strides);
-    if (!cuda::conv3d_sm90_takes(p)) return false;
-    cuda::conv3d_sm90_forward(p, multiprocessors, at<void>(stream));
-    return true;
-  });
+  const auto where_taken = [](auto takes, auto forward) {
+    return [takes, forward](const std::array<Address, 13>& addresses, const std::array<int64_t, 22>& strides,
+                            const std::array<int64_t, 29>& numbers, int multiprocessors, Address stream) {
+      cuda::Conv3dParams p = cuda_conv3d_params(numbers);
+      set_tensors(p, addresses, strides);
+      if (!takes(p)) return false;
+      forward(p, multiprocessors, at<void>(stream));
+      return true;
+    };
+  };
+  m.def("cuda_conv3d_sm90_forward", where_taken(cuda::conv3d_sm90_takes, cuda::conv3d_sm90_forward));
+  m.def("cuda_conv3d_sm90_cluster_forward",
+        where_taken(cuda::conv3d_sm90_cluster_takes, cuda::conv3d_sm90_cluster_forward));
   // addresses: stats, weight, bias, scale, shift, table; numbers: batch, channels, groups, frames, scale_frames,
   // shift_frames, values
   m.def("cuda_conv3d_prologue", [](const std::array<Address, 6>& addresses, const std::array<int64_t, 7>& numbers,

@@ -20,7 +20,7 @@ import torch
 
 from . import verified
 
-NAMES = ("reference", "unfused", "cpu", "cpu_winograd", "triton", "cuda", "cuda_sm90")
+NAMES = ("reference", "unfused", "cpu", "cpu_winograd", "triton", "cuda", "cuda_sm90", "cuda_sm90_cluster")
 
 
 class Facts(NamedTuple):
@@ -62,6 +62,7 @@ class Impl:
     calls that measured slower than torch: they run where the implementation is asked for by name, never by themselves.
     `raced(facts)` names the class of a call where only a race on the device itself can tell whether the implementation
     is faster: it runs by itself in the classes that it has won in `fastvdiff verify`, and in no others.
+    `untried`: no device has run it yet; it is for who names it, and `fastvdiff verify` leaves it alone.
     `verified` lists the architectures on which the implementation is known to be right from a committed result; None
     means that it needs no such proof (plain torch).
     """
@@ -73,6 +74,7 @@ class Impl:
     slower: Callable[[Facts], str | None] = lambda facts: None
     tf32: bool = False
     raced: Callable[[Facts], str] | None = None
+    untried: bool = False
 
 
 @dataclass
@@ -122,6 +124,8 @@ def ops() -> dict[str, tuple[Impl, ...]]:
 
 def _reason_against(op: str, impl: Impl, facts: Facts) -> str | None:
     reason = impl.supports(facts) or impl.slower(facts)
+    if reason is None and impl.untried:
+        reason = "no device has run it yet: it runs where it is named"
     if reason is None and impl.verified is not None:
         reason = _unverified(f"{op}.{impl.name}", facts, impl.verified)
     if reason is None and impl.raced is not None:

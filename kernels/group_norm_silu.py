@@ -16,6 +16,8 @@ program of the same column. 2T where one program holds its groups (kernels/group
 Found with ptxas (sm_90, bf16, 8 warps, tiles of 4,096 elements): 8.4 instructions an element in the statistics loop and
 13.1 in the result's, of the 13.8 and 27.6 that the memory leaves time for. exp and a division as Triton writes them are
 15 instructions, here 7. Two programs a multiprocessor: 98 and 96 registers, no spills, 24 kB of shared memory each.
+On an H100: 92 to 94 % of a copy's rate from 50 MB on, forward and backward, in both formats; of 15 MB (45x80 positions)
+80 to 86 %, where starting and pooling show. The statistics pass runs at 94 %, the result's at 91 %.
 """
 
 from __future__ import annotations

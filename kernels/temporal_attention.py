@@ -21,6 +21,12 @@ No atomics: the bias' gradient is summed in a fixed order. On sm_90 in bfloat16,
 thread and warps a multiprocessor: 25 frames of D 64 96 and 198, 20 and 10; 16 frames of D 40 54 and 86, 36 and 23; of
 D 160 96 and 194, 20 and 10; all without spills, in 16-byte reads and writes. Spills remain in float32 past 16 frames
 with D past 80, and on sm_80 past 32 frames with D past 80.
+
+On an H100, channels_last: 25 frames of D 64 at 91 % of a copy's rate forward, 93 % backward, 2.3 and 2.7 times the
+fastest of torch's backends; 16 frames of D 40 at 76 and 60 %. Contiguous positions: 31 and 24 to 34 %. There a program
+holds 131 kB of shared memory, through which 16-bit values are turned one by one from columns of positions into rows of
+a dot, and no other program fits beside it: 43 cycles an instruction, DRAM at 28 %. What should help: fragments of a dot
+straight from 8 positions of two neighbouring columns, in registers.
 """
 
 from __future__ import annotations

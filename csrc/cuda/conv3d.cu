@@ -244,6 +244,20 @@ Conv3dPlan conv3d_sm90_plan(const Conv3dParams& p, int multiprocessors) {
   return {kTileRows, columns, kStepDepth, bytes_of(columns), tiles, tiles * steps};
 }
 
+Conv3dPlan conv3d_sm90_cluster_plan(const Conv3dParams& p, int multiprocessors) {
+  using namespace conv3d_sm90;
+  const int64_t rows = p.batch * product_of(p.out_size);
+  const auto steps = static_cast<int>(product_of(p.kernel) * ceil_div(p.channels, kStepDepth));
+  const cluster::Tile tile = cluster::tile_of(rows, p.out_channels, steps, multiprocessors);
+  const int64_t tiles = cluster::tiles_of(tile, rows, p.out_channels);
+  return {cluster::rows_of(tile.height),
+          tile.columns,
+          kStepDepth,
+          cluster::bytes_of(tile.height, tile.columns),
+          tiles,
+          tiles * steps};
+}
+
 int64_t conv3d_workspace(const Conv3dParams& p, Conv3dPass pass) {
   switch (pass) {
     case Conv3dPass::forward: {

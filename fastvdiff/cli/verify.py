@@ -48,7 +48,7 @@ def verify() -> None:
     with console.status("running every kernel against the reference"):
         for example in EXAMPLES:
             for impl in dispatch.ops()[example.op]:
-                if impl.verified is not None and _runs_here(example, impl.name):
+                if impl.verified is not None and not impl.untried and _runs_here(example, impl.name):
                     outcomes.append(_outcome(example, impl.name))
     for o in outcomes:
         table.add_row(

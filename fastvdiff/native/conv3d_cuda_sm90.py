@@ -17,24 +17,27 @@ from .conv3d_cuda import Geometry, Plan
 __all__ = ["Geometry", "forward", "input_gradient", "plans", "weight_gradient"]
 
 _Optional = torch.Tensor | None
+_KERNEL = "cuda_conv3d_sm90"  # of the compiled module
 
 
 def forward(
     x: torch.Tensor, weight: torch.Tensor, bias: _Optional, geometry: Geometry, prefix: _Optional,
     channel_bias: _Optional, residual: _Optional, stats_groups: int, out_size: tuple[int, ...], channels_last: bool,
+    kernel: str = _KERNEL,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """As `conv3d_cuda.forward`."""
     call, y, stats = portable.forward_call(
         x, weight, bias, geometry, prefix, channel_bias, residual, stats_groups, out_size, channels_last
     )
-    if y.numel() and not _done(call, x):
+    if y.numel() and not _done(call, x, kernel):
         call.run(portable.FORWARD, x)
     return y, stats
 
 
 def input_gradient(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: Geometry, prefix: _Optional
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: Geometry, prefix: _Optional,
+    kernel: str = _KERNEL,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """As `conv3d_cuda.input_gradient`."""
     dx = torch.empty_like(x)
     turned = _turned_round(geometry, weight.shape[2:]) if prefix is None and dx.numel() else None
@@ -43,7 +46,7 @@ def input_gradient(
             grad, weight.transpose(0, 1).flip(2, 3, 4), None, turned, None, None, None, 0, tuple(x.shape[2:]), True,
             out=dx,
         )  # fmt: skip
-        if _done(call, x):
+        if _done(call, x, kernel):
             return dx, None
     return portable.input_gradient(grad, x, weight, geometry, prefix)
 
@@ -64,7 +67,7 @@ def weight_gradient(
 
 def plans(
     batch: int, channels: int, out_channels: int, size: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry,
-    dtype: torch.dtype, count: int,
+    dtype: torch.dtype, count: int, launched: str = _KERNEL,
 ) -> dict[str, Plan]:  # fmt: skip
     """What the passes that the kernel runs launch on `count` multiprocessors, as `conv3d_cuda.plans`.
 
@@ -79,7 +82,8 @@ def plans(
         calls["data_gradient"] = portable.sized_call(
             batch, out_channels, channels, call.out_size, kernel, turned, dtype
         )
-    return {name: Plan(*library().cuda_conv3d_sm90_plan(each.numbers, count)) for name, each in calls.items()}
+    plan = getattr(library(), f"{launched}_plan")
+    return {name: Plan(*plan(each.numbers, count)) for name, each in calls.items()}
 
 
 def _turned_round(geometry: Geometry, kernel: tuple[int, ...]) -> Geometry | None:
@@ -91,7 +95,7 @@ def _turned_round(geometry: Geometry, kernel: tuple[int, ...]) -> Geometry | Non
     return geometry._replace(padding=tuple(padding))
 
 
-def _done(call: portable.Call, x: torch.Tensor) -> bool:
+def _done(call: portable.Call, x: torch.Tensor, kernel: str) -> bool:
     """Whether the kernel takes the call, and has been launched."""
     with on_device(x):
-        return library().cuda_conv3d_sm90_forward(*call.arguments(), multiprocessors(x), stream(x))
+        return getattr(library(), f"{kernel}_forward")(*call.arguments(), multiprocessors(x), stream(x))

@@ -76,7 +76,8 @@ def conv3d(
             of 4 x 4 outputs, or 4 frames), "cuda" (groups = 1; float32 is multiplied as tf32, where
             `torch.backends.cudnn.conv.fp32_precision` is "tf32"), "cuda_sm90" (compute capability 9.0; bfloat16 and
             float16 in channels_last_3d; the forward and, at stride 1, x's gradient of calls with zeros as padding and
-            without prefix and statistics: for others it runs what "cuda" runs) or "reference".
+            without prefix and statistics: for others it runs what "cuda" runs; the weight's gradient is cuDNN's),
+            "cuda_sm90_cluster" (the same on clusters of blocks) or "reference".
 
     Returns:
         (B, C_out, T_out, H_out, W_out) in x's dtype; channels_last_3d if x or the weight is, else contiguous (where
@@ -385,5 +386,8 @@ dispatch.register(
         "cuda_sm90", on_hopper, partial(_call_kernel, "cuda_sm90"), frozenset(), left_to_portable, raced=race_class
     ),
     dispatch.Impl("cuda", on_cuda, partial(_call_kernel, "cuda"), frozenset(), tf32=True, raced=race_class),
+    dispatch.Impl(
+        "cuda_sm90_cluster", on_hopper, partial(_call_kernel, "cuda_sm90_cluster"), frozenset(), untried=True
+    ),
     dispatch.Impl("reference", lambda facts: None, _reference),
 )  # fmt: skip

@@ -165,6 +165,9 @@ def test_the_forward_allocates_its_result_and_nothing_else() -> None:
         assert torch.cuda.max_memory_allocated() - before <= y.numel() * y.element_size() + 1024
 
 
+HOPPER = ("cuda_sm90", "cuda_sm90_cluster")
+
+
 def needs_sm90() -> None:
     """Skip where the kernel for capability 9.0 does not run."""
     reason = registration._not_sm90a()
@@ -172,13 +175,13 @@ def needs_sm90() -> None:
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("impl", ["cuda", "cuda_sm90"])
+@pytest.mark.parametrize("impl", ["cuda", *HOPPER])
 def test_large_offsets(impl: str) -> None:
     """The last frames of the second sample, where a 32-bit offset has wrapped, against a small call on them alone.
 
     Of the cotangent only they are not zero, so the weight's gradient is theirs too. 20 GB: x, y and their gradients.
     """
-    if impl == "cuda_sm90":
+    if impl in HOPPER:
         needs_sm90()
     x = torch.empty((2, 64, 16, 1024, 1040), device="cuda", dtype=torch.bfloat16, memory_format=LAST).normal_()
     weight = torch.randn(64, 64, 3, 1, 1, device="cuda", requires_grad=True)
@@ -205,22 +208,26 @@ WARPGROUP = {
     "dilated": ((1, 64, 4, 20, 22), 128, (3, 3, 3), {"dilation": (1, 2, 2)}),
     "causal": ((1, 64, 5, 20, 22), 64, (3, 3, 3), {"padding": (2, 0, 1, 1, 1, 1)}),
     "strided": ((2, 64, 4, 20, 22), 128, (1, 3, 3), {"padding": (0, 1, 1), "stride": (1, 2, 2)}),
+    "a bias of each sample": ((3, 64, 4, 20, 22), 96, (3, 1, 1), {}),
 }
 
 
-def warpgroup_call(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def warpgroup_call(case: str, impl: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A case's leaves and its other arguments."""
     shape, outputs, kernel, more = WARPGROUP[case]
     leaves = drawn(shape, outputs, kernel)
     if "stride" in more:
         del leaves["residual"], leaves["channel_bias"]
-    return leaves, {"padding": "same", **more, "impl": "cuda_sm90"}
+    if "sample" in case:
+        leaves["channel_bias"] = leaves["channel_bias"].detach()[:, :, 0].requires_grad_()
+    return leaves, {"padding": "same", **more, "impl": impl}
 
 
+@pytest.mark.parametrize("impl", HOPPER)
 @pytest.mark.parametrize("case", WARPGROUP)
-def test_graph_capture_of_warpgroups(case: str) -> None:
+def test_graph_capture_of_warpgroups(case: str, impl: str) -> None:
     needs_sm90()
-    leaves, options = warpgroup_call(case)
+    leaves, options = warpgroup_call(case, impl)
     with torch.no_grad():
         first = conv3d(**leaves, **options)
         graph = torch.cuda.CUDAGraph()
@@ -230,11 +237,12 @@ def test_graph_capture_of_warpgroups(case: str) -> None:
     assert torch.equal(captured, first)
 
 
+@pytest.mark.parametrize("impl", HOPPER)
 @pytest.mark.parametrize("case", WARPGROUP)
-def test_warpgroups(case: str) -> None:
+def test_warpgroups(case: str, impl: str) -> None:
     """Against float64, and the same bits 100 times."""
     needs_sm90()
-    leaves, options = warpgroup_call(case)
+    leaves, options = warpgroup_call(case, impl)
     first = conv3d(**leaves, **options)
     for _ in range(100):
         assert torch.equal(conv3d(**leaves, **options), first)

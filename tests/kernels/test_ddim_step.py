@@ -13,7 +13,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvdiff.kernels import dense_layout, launch, philox
+from fastvdiff.kernels import ddim_step_statistics, dense_layout, launch, philox
 from fastvdiff.ops import ddim_step
 from fastvdiff.reference.philox import philox_4x32, philox_normal
 from tests.closeness import hold
@@ -229,6 +229,16 @@ def test_inputs_of_other_layouts_than_the_sample(device: str) -> None:
 # ---- statistics -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[False, True], ids=["in two passes", "with a look before"])
+def looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Small samples read as small ones are, and as large ones."""
+    if request.param:
+        monkeypatch.setattr(ddim_step_statistics, "_LARGE", 1)
+        monkeypatch.setattr(ddim_step_statistics, "_EVERY", 3)
+    return request.param
+
+
+@pytest.mark.usefixtures("looked_at")
 @pytest.mark.parametrize("most", [0.5, 1.0, 1.0001, 3.0, 100.0])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.995, 1.0])
 @pytest.mark.parametrize(("count", "scale"), [(1, 4.0), (2, 4.0), (3001, 4.0), (3001, 0.2)])
@@ -239,6 +249,38 @@ def test_quantile_is_torch_quantile(device: str, ratio: float, count: int, scale
     torch.testing.assert_close(got[1].double(), values.double().clamp(-s, s) / s, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.4, 0.5, 0.6, 0.9, 0.995, 1.0])
+@pytest.mark.parametrize("spread", [0.5, 2.0, 30.0])
+def test_tiles_unlike_those_that_were_looked_at(
+    device: str, ratio: float, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their one value is all of the bracket, and the quantile lies before or after it: the lumps are taken apart."""
+    monkeypatch.setattr(ddim_step_statistics, "_LARGE", 1)
+    monkeypatch.setattr(ddim_step_statistics, "_EVERY", 3)
+    tile, brackets = 512, []
+    plain = ddim_step_statistics.ddim_step_lumps_kernel
+
+    class Noted:
+        def __getitem__(self, grid: Any) -> Any:
+            def run(counts: torch.Tensor, bracket: torch.Tensor, *args: Any, **named: Any) -> None:
+                plain[grid](counts, bracket, *args, **named)
+                brackets.append(bracket.clone())
+
+            return run
+
+    monkeypatch.setattr(ddim_step_statistics, "ddim_step_lumps_kernel", Noted())
+    values = torch.randn(2, 1, 7 * tile, 1, 1, device=device) * spread
+    values.view(2, 7, tile)[:, ::3] = 1.5
+    s = values.double().abs().flatten(1).quantile(ratio, dim=1).clamp(1, 100).view(-1, 1, 1, 1, 1)
+    got = ddim_step(values, values, 0.5, 0.7, prediction_type="sample", dynamic_threshold=(ratio, 100.0), impl="triton")
+    torch.testing.assert_close(got[1].double(), values.double().clamp(-s, s) / s, rtol=1e-6, atol=1e-6)
+    (bracket,) = brackets
+    if 0.4 <= ratio <= 0.6:  # nearer to the ends a bracket is open
+        outside = (s.flatten() > 1.0) & ((s.flatten() - 1.5).abs() > 0.01)
+        assert bracket.view(2, -1)[:, 2].bool().tolist() == outside.tolist()
+
+
+@pytest.mark.usefixtures("looked_at")
 @pytest.mark.parametrize(
     "values",
     [

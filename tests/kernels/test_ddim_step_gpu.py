@@ -89,3 +89,14 @@ def test_many_samples() -> None:
         ddim_step, x, out, alphas, 0.9, impl="triton", dtype=torch.float32, uncond_output=torch.randn_like(x),
         guidance_scale=2.0, guidance_rescale=0.5, dynamic_threshold=(0.9, 2.0),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threshold_of_large_samples(dtype: torch.dtype) -> None:
+    """With a look before, in clips alike and in one whose rows are not; the reference sorts."""
+    x, out, uncond = (torch.randn(2, 4, 16, 128, 256, device="cuda", dtype=dtype) for _ in range(3))
+    for values in (out, out * torch.linspace(0.01, 5, 256, device="cuda").to(dtype)):
+        hold(
+            ddim_step, x, values, 0.5, 0.6, impl="triton", dtype=dtype, uncond_output=uncond, guidance_scale=7.5,
+            dynamic_threshold=(0.995, 100.0),
+        )  # fmt: skip

@@ -180,13 +180,14 @@ def test_convolutions(built: Built) -> None:
         assert used["SHARED"] + 3 * 32 * 1024 <= SHARED[built.architecture] * 1024, name  # three stages of 32 KiB
 
 
-def test_warpgroup_convolutions(built: Built) -> None:
+@pytest.mark.parametrize(("kernel", "shapes"), [("conv3d_sm90_kernel", 4), ("conv3d_sm90_cluster_kernel", 7)])
+def test_warpgroup_convolutions(built: Built, kernel: str, shapes: int) -> None:
     """Tensor copies of both kinds, warpgroup products alone, whole stores, and one block's registers and memory.
 
     Code for any other architecture stops the program.
     """
-    found = {name: used for name, used in built.usage.items() if "conv3d_sm90_kernelI" in name}
-    assert len(found) == 2 * 4  # dtypes, widths of a tile
+    found = {name: used for name, used in built.usage.items() if f"{kernel}I" in name}
+    assert len(found) == 2 * shapes  # dtypes, shapes of a tile
     for name, used in found.items():
         ops = built.opcodes[name]
         if built.architecture != "sm_90a":

@@ -71,6 +71,9 @@ class Library:
     def cuda_conv3d_sm90_plan(self, numbers: tuple[int, ...], multiprocessors: int) -> list[int]:
         return self.cuda_conv3d_plan(0, numbers, multiprocessors)
 
+    def cuda_conv3d_sm90_cluster_plan(self, numbers: tuple[int, ...], multiprocessors: int) -> list[int]:
+        return self.cuda_conv3d_plan(1, numbers, multiprocessors)
+
     def cuda_conv3d(
         self, which: int, addresses: tuple[int, ...], strides: tuple[int, ...], numbers: tuple[int, ...], stream: int
     ) -> None:

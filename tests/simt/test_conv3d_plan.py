@@ -11,8 +11,8 @@ from benchmarks import conv3d_tiles, gpu_cases, traffic
 from benchmarks.gpu_convolutions import Convolution
 from benchmarks.limits import DEVICES
 from benchmarks.shapes import SVD
-from fastvdiff.native import conv3d_cuda_sm90
-from fastvdiff.native.conv3d_cuda import Geometry, plans
+from fastvdiff.native import conv3d_cuda_sm90, conv3d_cuda_sm90_cluster
+from fastvdiff.native.conv3d_cuda import Geometry, Plan, plans
 
 from .conv3d_library import shim
 
@@ -61,6 +61,24 @@ def test_the_kernel_for_9_0_counted_by_hand() -> None:
         assert plan.steps == plan.blocks * 9 * 320 // 64
         assert conv3d_tiles.occupancy(plan, 1, H200).resident == 132
     assert ("weight_gradient", "sm90") not in found
+
+
+def test_clusters_counted_by_hand() -> None:
+    """Tiles of 256 positions where there are many; the second of a pair may lie past the last position."""
+    same = Geometry((1, 1, 1), (0, 0, 1, 1, 1, 1), (1, 1, 1), (False,) * 3)
+
+    def plan(batch: int, channels: int, *size: int) -> Plan:
+        found = conv3d_cuda_sm90_cluster.plans(batch, channels, channels, size, (1, 3, 3), same, torch.bfloat16, 132)
+        assert found["forward"] == found["data_gradient"]
+        return found["forward"]
+
+    svd = plan(2, 320, 25, 72, 128)
+    assert svd[:3] == (256, 160, 64)
+    assert svd.blocks == 2 * 25 * 72 * 128 // 256 * 2
+    assert svd.steps == svd.blocks * 9 * 320 // 64
+    small = plan(1, 128, 5, 8, 8)
+    assert small.tile_rows == 128
+    assert small.blocks == 4 * 128 // small.tile_columns  # 320 positions: three tiles, and one past them
 
 
 def test_passes_of_the_kernel_for_9_0() -> None:

@@ -1,6 +1,6 @@
-"""conv3d with impl="cuda_sm90": how it cuts calls, on a model of the kernel that walks the pixels as the copies do.
+"""conv3d on the kernels for 9.0: how they cut calls, on a model that walks the pixels as the copies do.
 
-The kernel itself is compiled and inspected (tests/native/test_cuda_objects.py), and runs on a GPU only
+The kernels themselves are compiled and inspected (tests/native/test_cuda_objects.py), and run on a GPU only
 (tests/kernels/test_conv3d_gpu.py).
 """
 
@@ -30,6 +30,9 @@ class Copies(Library):
     def __init__(self) -> None:
         super().__init__("ordinary", descending=False)
         self.taken = 0
+
+    def cuda_conv3d_sm90_cluster_forward(self, *arguments: Any) -> bool:
+        return self.cuda_conv3d_sm90_forward(*arguments)
 
     def cuda_conv3d_sm90_forward(
         self, addresses: tuple[int, ...], strides: tuple[int, ...], numbers: tuple[int, ...], multiprocessors: int,
@@ -79,6 +82,7 @@ def copies() -> Iterator[Copies]:
         yield replacement
 
 
+@pytest.mark.parametrize("impl", ["cuda_sm90", "cuda_sm90_cluster"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("kernel", "options", "taken"),  # of a call with a backward
@@ -94,12 +98,12 @@ def copies() -> Iterator[Copies]:
     ids=str,
 )
 def test_against_float64(
-    copies: Copies, kernel: tuple[int, ...], options: dict[str, Any], taken: int, dtype: torch.dtype
+    copies: Copies, kernel: tuple[int, ...], options: dict[str, Any], taken: int, dtype: torch.dtype, impl: str
 ) -> None:
     x, weight = clip(2, 16, 4, 6, 7, dtype=dtype), draw(24, 16, *kernel, dtype=dtype)
     with torch.no_grad():
         frames = conv3d(x, weight, impl="reference", **options).shape[2]
-    y = hold(conv3d, x, weight, draw(24), channel_bias=draw(2, 24, frames), impl="cuda_sm90", dtype=dtype,
+    y = hold(conv3d, x, weight, draw(24), channel_bias=draw(2, 24, frames), impl=impl, dtype=dtype,
              baseline=lambda *a, **k: conv3d(*a, **k, impl="reference"), **options)  # fmt: skip
     assert y.is_contiguous(memory_format=torch.channels_last_3d)
     assert copies.taken == taken
@@ -132,6 +136,7 @@ def test_runs_by_itself_where_it_has_won(copies: Copies, monkeypatch: pytest.Mon
     monkeypatch.setattr(dispatch, "_FOUND", {"cpu": frozenset({*record, verified.won("conv3d.cuda", which)})})
     assert chosen().chosen == "cuda_sm90"
     assert chosen(stats_groups=4).chosen == "cuda"
+    assert chosen().reasons["cuda_sm90_cluster"] == "no device has run it yet: it runs where it is named"
 
 
 def test_what_is_refused(copies: Copies) -> None:

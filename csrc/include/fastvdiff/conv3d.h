@@ -64,8 +64,12 @@ void conv3d_weight_gradient(const Conv3dParams& p, void* stream);
 // another architecture the kernel stops the program.
 bool conv3d_sm90_takes(const Conv3dParams& p);
 void conv3d_sm90_forward(const Conv3dParams& p, int multiprocessors, void* stream);
-// What it launches: `blocks` counts tiles, of which one block a multiprocessor takes one after another.
+// The same on clusters of two blocks, of at least two multiprocessors.
+bool conv3d_sm90_cluster_takes(const Conv3dParams& p);
+void conv3d_sm90_cluster_forward(const Conv3dParams& p, int multiprocessors, void* stream);
+// What they launch: `blocks` counts tiles, of which one block a multiprocessor takes one after another.
 Conv3dPlan conv3d_sm90_plan(const Conv3dParams& p, int multiprocessors);
+Conv3dPlan conv3d_sm90_cluster_plan(const Conv3dParams& p, int multiprocessors);
 
 // The prologue's table for GroupNorm of known statistics, an affine map and a modulation per sample or frame: (batch,
 // frames, channels, 2). Parameters are contiguous float32, null where absent.
