@@ -194,7 +194,10 @@ def _call_unfused(
     facts: dispatch.Facts, x: torch.Tensor, weight: torch.Tensor, bias: Any, norm: tuple[Any, ...],
     convolution: dict[str, Any],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The two ops. With a gradient the convolution keeps how h is computed and not h, whatever view of it it saves."""
+    """The two ops. With a gradient the convolution keeps how h is computed and not h, whatever view of it it saves.
+
+    Where hooks around the call (a checkpoint's, ...) decide on what is saved, that is h and their matter.
+    """
     num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats = norm
     wishes = dispatch.wishes()
 
@@ -204,7 +207,7 @@ def _call_unfused(
         )
 
     h = normalised()
-    if not facts.needs_grad or torch.compiler.is_compiling():
+    if not facts.needs_grad or torch.compiler.is_compiling() or _hooked():
         return conv3d(h, weight, bias, **convolution)
     memory = h.untyped_storage().data_ptr()
 
@@ -225,6 +228,12 @@ def _call_unfused(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return conv3d(h, weight, bias, **convolution)
+
+
+def _hooked() -> bool:
+    """Whether saved tensors go through hooks; so too where torch does not say."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is None or hooks(False) is not None
 
 
 def _call_cuda(facts: dispatch.Facts, *args: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from fastvdiff import dispatch
 from fastvdiff.ops import conv3d, group_norm_silu, norm_silu_conv3d
@@ -158,6 +159,24 @@ def test_unfused_keeps_nothing_of_the_activation(convolution: str, last: bool, m
                                    (x, weight))  # fmt: skip
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_unfused_leaves_a_checkpoint_its_memory() -> None:
+    """What a checkpoint drops is not kept by the op instead."""
+    kept: list[weakref.ref[Any]] = []
+    leaf, weight = torch.randn(1, 8, 3, 5, 5, requires_grad=True), torch.randn(8, 8, 1, 3, 3, requires_grad=True)
+
+    def block(t: torch.Tensor) -> torch.Tensor:
+        x = t.sin()
+        kept.append(weakref.ref(x.untyped_storage()))
+        return norm_silu_conv3d(x, 4, None, None, weight, padding="same", impl="unfused")
+
+    y = checkpoint(block, leaf, use_reentrant=False)
+    assert kept[0]() is None
+    found = torch.autograd.grad(y.sum(), (leaf, weight))
+    expected = torch.autograd.grad(block(leaf).sum(), (leaf, weight))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_what_unfused_refuses() -> None:
