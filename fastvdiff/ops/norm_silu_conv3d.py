@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastvdiff import checks, dispatch
+from fastvdiff.reference.conv3d import are_channels_last, paddings, triple
 from fastvdiff.reference.conv3d import conv3d as _reference_conv3d
-from fastvdiff.reference.conv3d import triple
 from fastvdiff.reference.norm_silu_conv3d import norm_silu_conv3d as _reference
 
 from . import registration
@@ -155,7 +156,7 @@ def _call_cpu(facts: dispatch.Facts, *args: Any) -> torch.Tensor | tuple[torch.T
     """
     if not facts.needs_grad and dispatch.would_run("conv3d", facts) == "cpu_winograd":
         return _call_kernel("cpu", *args)
-    return _recomputing(facts, _pair, *args)
+    return _two_ops(facts, partial(group_norm_silu, impl="cpu"), _reference_conv3d, *args)
 
 
 def _recomputing(facts: dispatch.Facts, call: Any, *args: Any) -> Any:
@@ -171,16 +172,6 @@ def _plain(
     return _reference(x, num_groups, norm_weight, norm_bias, weight, bias, eps, scale, shift, silu, **convolution)
 
 
-def _pair(
-    x: torch.Tensor, weight: torch.Tensor, bias: Any, norm: tuple[Any, ...], convolution: dict[str, Any]
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats = norm
-    h = group_norm_silu(
-        x, num_groups, norm_weight, norm_bias, eps, scale=scale, shift=shift, silu=silu, stats=stats, impl="cpu"
-    )
-    return _reference_conv3d(h, weight, bias, **convolution)
-
-
 def _unfused(facts: dispatch.Facts) -> str | None:
     """One of the two ops at least has a kernel for its part."""
     options = {"num_groups": facts.options["num_groups"], "stats": facts.options["given"]}
@@ -190,25 +181,34 @@ def _unfused(facts: dispatch.Facts) -> str | None:
     return None
 
 
-def _call_unfused(
-    facts: dispatch.Facts, x: torch.Tensor, weight: torch.Tensor, bias: Any, norm: tuple[Any, ...],
-    convolution: dict[str, Any],
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The two ops. With a gradient the convolution keeps how h is computed and not h, whatever view of it it saves.
+def _call_unfused(facts: dispatch.Facts, *args: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return _two_ops(facts, group_norm_silu, conv3d, *args)
 
-    Where hooks around the call (a checkpoint's, ...) decide on what is saved, that is h and their matter.
+
+def _two_ops(
+    facts: dispatch.Facts, normalise: Callable[..., torch.Tensor], convolve: Callable[..., Any], x: torch.Tensor,
+    weight: torch.Tensor, bias: Any, norm: tuple[Any, ...], convolution: dict[str, Any],
+) -> Any:  # fmt: skip
+    """convolve(normalise(x)). With a gradient only x is kept.
+
+    The convolution then keeps how h is computed instead of h, whatever view of it it saves. Where it would save
+    something else, or hooks around the call (a checkpoint's, ...) decide on what is saved, it is computed again too.
     """
     num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats = norm
+    options = {"scale": scale, "shift": shift, "silu": silu, "stats": stats}
     wishes = dispatch.wishes()
 
-    def normalised() -> torch.Tensor:
-        return group_norm_silu(
-            x, num_groups, norm_weight, norm_bias, eps, scale=scale, shift=shift, silu=silu, stats=stats
-        )
+    def normalised(x: torch.Tensor) -> torch.Tensor:
+        return normalise(x, num_groups, norm_weight, norm_bias, eps, **options)
 
-    h = normalised()
-    if not facts.needs_grad or torch.compiler.is_compiling() or _hooked():
-        return conv3d(h, weight, bias, **convolution)
+    def both(x: torch.Tensor) -> Any:
+        with dispatch.recalled(wishes):
+            return convolve(normalised(x), weight, bias, **convolution)
+
+    plain = facts.needs_grad and not torch.compiler.is_compiling() and not _hooked()
+    if not plain or not _saves_a_view(facts, weight, convolution):
+        return _recomputing(facts, both, x)
+    h = normalised(x)
     memory = h.untyped_storage().data_ptr()
 
     def pack(saved: torch.Tensor) -> Any:
@@ -221,13 +221,21 @@ def _call_unfused(
             return packed
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                f'{_OP}: no second derivative with impl="unfused"; pass impl="reference" where one is needed'
+                f'{_OP}: its kernels have no second derivative; pass impl="reference" where one is needed'
             )
         with torch.no_grad(), registration.without_autocast(x), dispatch.recalled(wishes):
-            return normalised().as_strided(*packed)
+            return normalised(x).as_strided(*packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return conv3d(h, weight, bias, **convolution)
+        return convolve(h, weight, bias, **convolution)
+
+
+def _saves_a_view(facts: dispatch.Facts, weight: torch.Tensor, convolution: dict[str, Any]) -> bool:
+    """Whether a convolution saves its input, or a view of it, and no padded, widened or unfolded copy."""
+    pads = paddings(convolution["padding"], tuple(weight.shape[2:]), triple(convolution["dilation"]))
+    if facts.options["repeats"] or facts.options["prefix"] or pads[::2] != pads[1::2]:
+        return False
+    return facts.device != "cpu" or (facts.dtype == torch.float32 and are_channels_last(facts.shape, facts.strides))
 
 
 def _hooked() -> bool:

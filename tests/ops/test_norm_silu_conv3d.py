@@ -183,6 +183,7 @@ def test_what_unfused_refuses() -> None:
     x, weight = torch.randn(1, 8, 3, 5, 5, requires_grad=True), torch.randn(8, 8, 1, 3, 3, requires_grad=True)
     with pytest.raises(NotImplementedError, match="neither group_norm_silu nor conv3d has a kernel"):
         norm_silu_conv3d(x.double(), 4, None, None, weight, padding="same", impl="unfused")
+    x = x.contiguous(memory_format=CHANNELS_LAST)
     y = norm_silu_conv3d(x, 4, None, None, weight, padding="same", impl="unfused")
     with pytest.raises(NotImplementedError, match=r"no second derivative.*reference"):
         torch.autograd.grad(y.square().sum(), weight, create_graph=True)
