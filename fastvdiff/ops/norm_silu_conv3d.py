@@ -149,14 +149,17 @@ def _call_reference(facts: dispatch.Facts, *args: Any) -> torch.Tensor | tuple[t
     return _recomputing(facts, _plain, *args)
 
 
-def _call_cpu(facts: dispatch.Facts, *args: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The norm's C++ kernel and the convolution's, or oneDNN's.
-
-    With a gradient it is oneDNN: where the gradient of the bias or shift sums what cancels, filtering rounds too much.
-    """
-    if not facts.needs_grad and dispatch.would_run("conv3d", facts) == "cpu_winograd":
-        return _call_kernel("cpu", *args)
-    return _two_ops(facts, partial(group_norm_silu, impl="cpu"), _reference_conv3d, *args)
+def _call_cpu(
+    facts: dispatch.Facts, x: torch.Tensor, weight: torch.Tensor, bias: Any, norm: tuple[Any, ...],
+    convolution: dict[str, Any],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The norm's C++ kernel, and the convolution's or oneDNN's."""
+    if dispatch.would_run("conv3d", facts) == "cpu_winograd" and (
+        not facts.needs_grad or _plainly_padded(facts, weight, convolution)
+    ):
+        return _call_kernel("cpu", x, weight, bias, norm, convolution)
+    normalise = partial(group_norm_silu, impl="cpu")
+    return _two_ops(facts, normalise, _reference_conv3d, x, weight, bias, norm, convolution)
 
 
 def _recomputing(facts: dispatch.Facts, call: Any, *args: Any) -> Any:
@@ -232,10 +235,15 @@ def _two_ops(
 
 def _saves_a_view(facts: dispatch.Facts, weight: torch.Tensor, convolution: dict[str, Any]) -> bool:
     """Whether a convolution saves its input, or a view of it, and no padded, widened or unfolded copy."""
+    plain = _plainly_padded(facts, weight, convolution)
+    return plain and (facts.device != "cpu" or are_channels_last(facts.shape, facts.strides))
+
+
+def _plainly_padded(facts: dispatch.Facts, weight: torch.Tensor, convolution: dict[str, Any]) -> bool:
+    """Whether torch's convolution pads by itself: zeros, as many in front as behind; on a CPU in float32 alone."""
     pads = paddings(convolution["padding"], tuple(weight.shape[2:]), triple(convolution["dilation"]))
-    if facts.options["repeats"] or facts.options["prefix"] or pads[::2] != pads[1::2]:
-        return False
-    return facts.device != "cpu" or (facts.dtype == torch.float32 and are_channels_last(facts.shape, facts.strides))
+    copied = facts.options["repeats"] or facts.options["prefix"] or pads[::2] != pads[1::2]
+    return not copied and (facts.device != "cpu" or facts.dtype == torch.float32)
 
 
 def _hooked() -> bool:
@@ -301,9 +309,23 @@ def _backward(
     grad = grad.to(x.dtype)
     h, moments = norm.forward(x, num_groups, norm_weight, norm_bias, eps, scale, shift, silu, stats)
     dweight = convolution.weight_gradient(grad, h, weight, geometry, prefix) if needs_weight else x.new_empty(0)
-    dh, dprefix = convolution.input_gradient(grad, h, weight, geometry, prefix)
+    if impl == "cpu":
+        dh, dprefix = _direct_input_gradient(grad, h, weight, geometry), None
+    else:
+        dh, dprefix = convolution.input_gradient(grad, h, weight, geometry, prefix)
     dx, *parameters = norm.backward(dh, x, moments, num_groups, norm_weight, norm_bias, scale, shift, silu)
     return dx, *parameters, dweight, x.new_empty(0) if dprefix is None else dprefix
+
+
+def _direct_input_gradient(grad: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, geometry: Any) -> torch.Tensor:
+    """oneDNN's: where the gradient of the norm's bias or shift sums what cancels, filtering rounds too much.
+
+    For what is `_plainly_padded`.
+    """
+    return torch.ops.aten.convolution_backward(
+        grad, h, weight.to(h.dtype), None, geometry.stride, geometry.padding[::2], geometry.dilation, False, (0, 0, 0),
+        1, (True, False, False),
+    )[0]  # fmt: skip
 
 
 def _fake_backward(

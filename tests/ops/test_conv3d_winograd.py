@@ -15,6 +15,7 @@ from fastvdiff.native import conv3d_cpu_winograd
 from fastvdiff.ops import conv3d, conv3d_facts, norm_silu_conv3d
 from fastvdiff.reference.conv3d import moments
 from tests.closeness import GRADIENT_RATIO, GRADIENT_SCALE, assert_close
+from tests.closeness import hold as hold_closely
 
 from .test_conv3d import CHANNELS_LAST, FORMATS, eager, laid_out, run, tensors_of
 
@@ -235,19 +236,28 @@ def test_stands_aside_where_it_is_slower(
     assert kernel_impl.slower(walk.facts) == reason
 
 
-def test_a_norm_in_front_is_filtered_without_a_gradient_alone() -> None:
+def test_a_norm_in_front_has_its_gradient_directly() -> None:
+    """The forward and the weight's gradient are filtered; what the norm gets, whose bias sums what cancels, is not."""
     x = laid_out(torch.randn(1, 32, 4, 8, 8), "channels_last").requires_grad_()
-    weight = torch.randn(32, 32, 1, 3, 3, requires_grad=True)
-    y = norm_silu_conv3d(x, 4, None, None, weight, padding="same")
-    grads = torch.autograd.grad(y.square().sum(), (x, weight))
-    plain = norm_silu_conv3d(x, 4, None, None, weight, padding="same", impl="reference")
-    for found, expected in zip(grads, torch.autograd.grad(plain.square().sum(), (x, weight)), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    assert y.is_contiguous(memory_format=CHANNELS_LAST)
+    weight = (torch.randn(32, 32, 1, 3, 3) / 17).requires_grad_()
+    norm_weight, norm_bias = torch.randn(32, requires_grad=True), torch.randn(32, requires_grad=True)
     with torch.no_grad():
-        inference = norm_silu_conv3d(x, 4, None, None, weight, padding="same")
-    torch.testing.assert_close(inference, plain, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(inference, y)
+        inference = norm_silu_conv3d(x, 4, norm_weight, norm_bias, weight, padding="same")
+    calls = []
+    direct = torch.ops.aten.convolution_backward
+
+    def noted(*args: Any) -> Any:
+        calls.append(args[-1])
+        return direct(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.aten, "convolution_backward", noted)
+        y = norm_silu_conv3d(x, 4, norm_weight, norm_bias, weight, padding="same")
+        y.square().sum().backward()
+    assert calls == [(True, False, False)]
+    assert torch.equal(inference, y)
+    assert y.is_contiguous(memory_format=CHANNELS_LAST)
+    hold_closely(norm_silu_conv3d, x, 4, norm_weight, norm_bias, weight, padding="same", dtype=torch.float32)
 
 
 def ordinary() -> tuple[torch.Tensor, torch.Tensor]:
