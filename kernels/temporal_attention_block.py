@@ -222,10 +222,11 @@ def forward(
     resident = used.pop("RESIDENT")
     programs = min(all_tiles, launch.multiprocessors(x)) if resident else all_tiles
     steps = triton.cdiv(all_tiles, programs) if resident else 0
+    parts = {"C0": used["CHUNK"], "C1": 0} if resident else call.parts  # the output weight stays as a whole
     with launch.on_device(x):
         temporal_attention_block_fwd_kernel[(programs,)](
             call.rows, y_rows, *call.parameters, *call.tables, *call.rows.stride(), *y_rows.stride(), *call.strides,
-            positions, tiles, all_tiles, eps, scale, **call.constants, **call.parts, STEPS=steps, **used,
+            positions, tiles, all_tiles, eps, scale, **call.constants, **parts, STEPS=steps, **used,
         )  # fmt: skip
     return written_back(y, y_rows)
 

@@ -47,14 +47,15 @@ def test_layouts(layout: str, device: str) -> None:
     check((x, options | {"heads": 2}, torch.float32))
 
 
+@pytest.mark.parametrize(("channels", "chunk"), [(12, 16), (40, 64)])
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_resident_weights(dtype: torch.dtype, device: str) -> None:
+def test_resident_weights(dtype: torch.dtype, channels: int, chunk: int, device: str) -> None:
     """A program that keeps the weights walks over its tiles; some programs have one tile less than others."""
-    x, options = drawn((1, 12, 9, 1, 6), dtype, device), parameters(12, 3, 16, 9, dtype, device)
+    x, options = drawn((1, channels, 9, 1, 6), dtype, device), parameters(channels, 3, 16, 9, dtype, device)
     options |= {"heads": 3, "rotary": rotary_tables(9, 8, device), "impl": "triton"}
     with launch.recorded() as launches, torch.no_grad():
         block(x, **options)
-    used = {"UNITS": 1, "GROUP": 2, "CHUNK": 16, "RESIDENT": True, "num_warps": 4, "num_stages": 1}
+    used = {"UNITS": 1, "GROUP": 2, "CHUNK": chunk, "RESIDENT": True, "num_warps": 4, "num_stages": 1}
     with launch.trying(FORWARD, launches[0].shape_class, used):
         hold(block, x, dtype=dtype, gradients=False, **options)
 
