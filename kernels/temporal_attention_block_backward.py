@@ -304,7 +304,8 @@ def shipped(call: Call) -> launch.Configuration:
     if call.item_bytes == 4:
         rows, chunk = 32, 32
     elif whole > 128:
-        rows, chunk = call.wide_rows, 64 if c["TP"] == 16 and call.plain else 32
+        # With tables and biases 64 channels at a time fit 32 rows alone.
+        rows, chunk = call.wide_rows, 64 if c["TP"] == 16 and (call.plain or call.wide_rows == 32) else 32
     else:
         rows, chunk = 64, whole
     # Prefetched tiles would not fit the registers beside float32 sums, or beside tables and biases.
