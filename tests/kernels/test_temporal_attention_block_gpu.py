@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.temporal_attention_block_inputs import LAYOUTS, check, drawn, parameters, results
+from tests.ops.temporal_attention_block_inputs import LAYOUTS, WEIGHTS, check, drawn, parameters, results
 from tests.ops.temporal_attention_inputs import NARROW, rotary_tables
 
 pytestmark = pytest.mark.gpu
@@ -27,14 +27,29 @@ def test_standard_shapes(shape: tuple[int, ...], heads: int, dim: int, layout: s
     check((x, p | {"heads": heads, "rotary": rotary_tables(shape[2], dim // 2, "cuda"), "is_causal": True}, dtype))
 
 
+@pytest.mark.parametrize(("channels", "frames", "dim"), [(64, 16, 32), (40, 7, 16)])
+@pytest.mark.parametrize("plain", [True, False], ids=("plain", "all"))
+def test_tiles_in_part(channels: int, frames: int, dim: int, plain: bool) -> None:
+    """Tiles, channels and units that are partly filled; a plain call's weights stay on the multiprocessor."""
+    x = drawn((2, channels, frames, 43, 35), torch.bfloat16, "cuda")
+    p = parameters(channels, 2, dim, frames, torch.bfloat16, "cuda")
+    if plain:
+        p = {name: t for name, t in p.items() if name in (*WEIGHTS, "out_bias", "norm_weight", "norm_bias")}
+    check((x, p | {"heads": 2}, torch.bfloat16))
+
+
 def test_same_bits_250_times() -> None:
+    """Otherwise: in how many runs each tensor differs, and by how much; only gradients of weights are torch's GEMMs."""
     x, p = drawn((2, 40, 7, 3, 5), torch.bfloat16, "cuda"), parameters(40, 2, 16, 7, device="cuda")
-    names = ("y", "x", *(name for name, t in p.items() if isinstance(t, torch.Tensor) and t.requires_grad))
+    names = ("y", "x", *p)
     first = results(x, 2, p)
     assert [name for name, t in zip(names, first, strict=True) if not t.isfinite().all()] == []
+    apart: dict[str, list[float]] = {}
     for _ in range(249):
-        again = zip(names, first, results(x, 2, p), strict=True)
-        assert {name: float((a - b).abs().max()) for name, a, b in again if not torch.equal(a, b)} == {}
+        for name, a, b in zip(names, first, results(x, 2, p), strict=True):
+            if not torch.equal(a, b):
+                apart.setdefault(name, []).append(float((a - b).abs().max()))
+    assert {name: f"{len(found)} runs: {found[:4]}" for name, found in apart.items()} == {}
 
 
 @pytest.mark.parametrize("channels", [64, 320])
