@@ -15,14 +15,14 @@ group: it fits neither registers nor, with the weights, shared memory.
 **Precision** h, q, k, v, P and o rounded to x's dtype for the dots, sums, norm and softmax in float32; h's statistics
 by Chan's merge of exact chunks.
 **Refuses** C > 320, D > 128, T > 64 (fastvdiff/ops says so), float64.
-**Learned** Nothing spills at a shipped configuration on sm_80, sm_90 and sm_100. sm_90, bf16: C 64, D 32, T 16 (128
-rows, 2 heads at a time, 8 warps, resident): 255 registers, 164 KiB of shared memory; with 4 heads at a time it spilled
-21 values, and with tables and biases beside them any number of heads did: such calls stream the weights. C 320, D 64,
-T 25: 255, 97 KiB; C 320, D 40, T 16: 248, 36 KiB. By arithmetic: 10.4 thousand cycles of tensor and ALU work for 128
-rows at C 64, so 95 us for B 4, 64x64 without overlap and 70 where the two warps of a scheduler overlap; the aim is
-80. On an H100 120 us in channels_last and 211 in contiguous, 22 and 13 times as fast as eager, of a limit of 48: eight
-warps of 255 registers are all that fit, and wait for each other's dots. C 320, D 64, T 25 at 72x128: 3.0 and 10.9 ms,
-where eager takes 4.0 and 5.8: not used by itself.
+**Learned** Nothing spills at a shipped configuration on sm_80, sm_90 and sm_100, but with Triton 3.6 six registers of
+the one that follows. sm_90, bf16: C 64, D 32, T 16 (128 rows, 2 heads at a time, 8 warps, resident): 255 registers,
+164 KiB of shared memory; with 4 heads at a time it spilled 21 values, and with tables and biases beside them any number
+of heads did: such calls stream the weights. C 320, D 64, T 25: 255, 97 KiB; C 320, D 40, T 16: 248, 36 KiB. By
+arithmetic: 10.4 thousand cycles of tensor and ALU work for 128 rows at C 64, so 95 us for B 4, 64x64 without overlap
+and 70 where the two warps of a scheduler overlap; the aim is 80. On an H100 120 us in channels_last and 211 in
+contiguous, 22 and 13 times as fast as eager, of a limit of 48: eight warps of 255 registers are all that fit, and wait
+for each other's dots. C 320, D 64, T 25 at 72x128: 3.0 and 10.9 ms, where eager takes 4.0 and 5.8: not used by itself.
 """
 
 from __future__ import annotations
