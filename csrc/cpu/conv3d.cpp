@@ -15,21 +15,23 @@
 FASTVDIFF_BEGIN_ISA
 namespace {
 
-// How a call is cut, in floats. Where all of the weight's points fit into the last cache they are made once, and a worker
-// takes kTiles tiles with every output channel. Else a worker takes kPanel output channels, whose points it makes for
-// itself, with `chunk` tiles, whose points are made before by all.
+// How a call is cut, in floats. Where few output channels' points stay in the second cache beside those of many tiles, all
+// are made once, and a worker takes kTiles tiles with every output channel. Else, and with few tiles, a worker takes kPanel
+// output channels, whose points it makes for itself and uses at once, with `chunk` tiles, whose points are made before by
+// all.
 template <class Tile>
 struct Sizes {
-  static constexpr int64_t kCachedWeight = 4 << 20, kCachedInput = 4 << 20;
+  static constexpr int64_t kCachedWeight = 1 << 20, kCachedInput = 1 << 20, kFewTiles = 4 * Tile::kTiles;
   bool by_panel;
-  int64_t depth, width, panels, panel_weight, weight, chunk, input_plane, input, result_plane, worker, workers;
+  int64_t depth, width, panels, weight_plane, panel_weight, weight, chunk, input_plane, input, result_plane, worker, workers;
 
   explicit Sizes(const Conv3dCpuParams& p) {
     depth = round_up(p.channels, kWidth), width = round_up(p.out_channels, kPanel), panels = width / kPanel;
-    panel_weight = Tile::slices(p) * Tile::kPoints * depth * kPanel;
-    by_panel = panels * panel_weight > kCachedWeight;
+    weight_plane = depth * kPanel + kSkew, panel_weight = Tile::slices(p) * Tile::kPoints * weight_plane;
+    by_panel = panels * panel_weight > kCachedWeight || Tile::tiles(p) <= kFewTiles;
     const int64_t fitting = kCachedInput / (Tile::kPoints * Tile::slices(p) * depth) / kRows * kRows;
-    chunk = by_panel ? std::min<int64_t>(std::max<int64_t>(fitting, Tile::kTiles), Tile::kChunk) : Tile::kTiles;
+    const int64_t most = std::min<int64_t>(kFewTiles, round_up(Tile::tiles(p), kRows));
+    chunk = by_panel ? std::min(std::max<int64_t>(fitting, Tile::kTiles), most) : Tile::kTiles;
     input_plane = chunk * depth + kSkew, input = Tile::kPoints * input_plane;
     result_plane = chunk * (by_panel ? kPanel : width) + kSkew;
     weight = by_panel ? Tile::slices(p) * input : panels * panel_weight;  // what the workers share
@@ -38,61 +40,95 @@ struct Sizes {
   }
 };
 
+// The taps of one slice of `count` channels from `first` on, their lanes n <= kWidth output channels from k on, to
+// [channel][tap].
+template <class Tile>
+void taps(const Conv3dCpuParams& p, int64_t slice, int64_t first, int64_t count, int64_t k, int64_t n, float* to) {
+  constexpr int kTaps = Tile::kTaps;
+  const int64_t step = p.stride_w[0], channel = p.stride_w[1];
+  const float* weight = p.weight + k * step + first * channel;
+  const auto at = [&](int64_t c, int tap) { return weight + c * channel + Tile::tap_at(p, slice, tap); };
+  if (step == 1) {
+    for (int64_t c = 0; c < count; ++c)
+      for (int tap = 0; tap < kTaps; ++tap) store(to + (c * kTaps + tap) * kWidth, load_some(at(c, tap), n));
+  } else if (channel == 1) {
+    for (int tap = 0; tap < kTaps; ++tap)
+      turn_rows(at(0, tap), count, n, step, to + tap * kWidth, kTaps * kWidth);
+  } else if (!Tile::taps_in_a_row(p)) {
+    for (int64_t c = 0; c < count; ++c)
+      for (int tap = 0; tap < kTaps; ++tap)
+        for (int64_t l = 0; l < kWidth; ++l) to[(c * kTaps + tap) * kWidth + l] = l < n ? at(c, tap)[l * step] : 0.0f;
+  } else if (p.flipped) {
+    for (int64_t c = 0; c < count; ++c)
+      turn_rows(at(c, kTaps - 1), kTaps, n, step, to + (c * kTaps + kTaps - 1) * kWidth, -kWidth);
+  } else if (channel == kTaps) {
+    turn_rows(at(0, 0), count * kTaps, n, step, to, kWidth);
+  } else {
+    for (int64_t c = 0; c < count; ++c) turn_rows(at(c, 0), kTaps, n, step, to + c * kTaps * kWidth, kWidth);
+  }
+}
+
 // The points of kPanel output channels' taps: to[slice][point][channel][kPanel].
 template <class Tile>
 void weight_points(const Conv3dCpuParams& p, const Sizes<Tile>& sizes, int64_t panel, float* to) {
   constexpr int kBlock = 16;  // channels: where they lie side by side, a line
-  float taps[Tile::kTaps][kBlock][kPanel];
+  alignas(64) float read[kBlock * Tile::kTaps * kWidth];
   for (int64_t slice = 0; slice < Tile::slices(p); ++slice)
-    for (int64_t first = 0; first < sizes.depth; first += kBlock) {
-      std::fill(&taps[0][0][0], &taps[0][0][0] + Tile::kTaps * kBlock * kPanel, 0.0f);
-      const int64_t count = std::min<int64_t>(kBlock, p.channels - first);
-      for (int64_t k = 0; k < std::min<int64_t>(kPanel, p.out_channels - panel * kPanel); ++k) {
-        const float* row = p.weight + (panel * kPanel + k) * p.stride_w[0] + first * p.stride_w[1];
-        for (int tap = 0; tap < Tile::kTaps; ++tap) {
-          const float* from = row + Tile::tap_at(p, slice, tap);
-          for (int64_t c = 0; c < count; ++c) taps[tap][c][k] = from[c * p.stride_w[1]];
+    for (int64_t first = 0; first < sizes.depth; first += kBlock)
+      for (int half = 0; half < kPanel; half += kWidth) {
+        const int64_t k = panel * kPanel + half, n = std::min<int64_t>(kWidth, p.out_channels - k);
+        const int64_t count = n > 0 ? std::min<int64_t>(kBlock, p.channels - first) : 0;
+        if (count > 0) taps<Tile>(p, slice, first, count, k, n, read);
+        for (int64_t c = 0; c < std::min<int64_t>(kBlock, sizes.depth - first); ++c) {
+          vf g[Tile::kPoints] = {};
+          if (c < count) {
+            for (int tap = 0; tap < Tile::kTaps; ++tap) g[tap] = load(read + (c * Tile::kTaps + tap) * kWidth);
+            Tile::tap_points(g);
+          }
+          float* at = to + slice * Tile::kPoints * sizes.weight_plane + (first + c) * kPanel + half;
+          for (int i = 0; i < Tile::kPoints; ++i) store(at + i * sizes.weight_plane, g[i]);
         }
       }
-      for (int64_t c = 0; c < std::min<int64_t>(kBlock, sizes.depth - first); ++c)
-        for (int half = 0; half < kPanel; half += kWidth) {
-          vf g[Tile::kPoints];
-          for (int tap = 0; tap < Tile::kTaps; ++tap) g[tap] = load(&taps[tap][c][half]);
-          Tile::tap_points(g);
-          for (int i = 0; i < Tile::kPoints; ++i) {
-            const int64_t plane = slice * Tile::kPoints + i;
-            store(to + (plane * sizes.depth + first + c) * kPanel + half, g[i]);
-          }
-        }
-    }
 }
 
-// Results of `count` output channels from `first` on, whose points lie at m.
+// Results of `count` tiles from `begin` on, of `width` output channels from `first` on, whose points lie at m: a tile's
+// `row` floats from those of the one before.
 template <class Tile, class T>
-void results(const Conv3dCpuParams& p, int64_t tile, int64_t first, int64_t count, const float* m, int64_t plane) {
-  const Tile place(p, tile);
-  int64_t to[Tile::kOutputs], from[Tile::kOutputs] = {};
-  place.outputs(p, p.stride_y, to);
-  if (p.residual) place.outputs(p, p.stride_r, from);
-  for_vectors(first, first + count, [&](int64_t k, int64_t n) {
-    vf y[Tile::kPoints];
-    for (int i = 0; i < Tile::kPoints; ++i) y[i] = load(m + i * plane + k - first);
-    Tile::point_outputs(y);
-    const vf bias = p.bias ? load_some(p.bias + k, n) : vf{};
-    for (int i = 0; i < Tile::kOutputs; ++i) {
-      y[i] += bias;
-      if (p.channel_bias && to[i] != kOutside) {
-        const int64_t frame = p.bias_frames > 1 ? place.frame_of(i) : 0;
-        y[i] += load_some(p.channel_bias + (place.b * p.bias_frames + frame) * p.out_channels + k, n);
+void results(const Conv3dCpuParams& p, int64_t begin, int64_t count, int64_t first, int64_t width, const float* m,
+             int64_t row, int64_t plane) {
+  Run<Tile, Tile::kOutputs, T> y(p.stride_y);
+  Run<Tile, Tile::kOutputs, const T> added(p.stride_r);
+  for (int64_t done = 0, tiles; done < count; done += tiles) {
+    const Tile place(p, begin + done);
+    tiles = y.direct ? 1 : place.run(count - done);
+    y.box = added.box = place.output_box(p, tiles);
+    for (int64_t i = 0; i < tiles; ++i) {
+      Tile(p, begin + done + i).outputs(p, y.places(), y.at[i]);
+      if (p.residual) Tile(p, begin + done + i).outputs(p, added.places(), added.at[i]);
+    }
+    for_vectors(first, first + width, [&](int64_t k, int64_t n) {
+      T* to = static_cast<T*>(p.y) + place.b * p.stride_y[0] + k * p.stride_y[1];
+      const T* from = static_cast<const T*>(p.residual);
+      if (from) from += place.b * p.stride_r[0] + k * p.stride_r[1], added.read(from, n);
+      const vf bias = p.bias ? load_some(p.bias + k, n) : vf{};
+      for (int64_t i = 0; i < tiles; ++i) {
+        vf points[Tile::kPoints], sums[Tile::kOutputs] = {};
+        for (int j = 0; j < Tile::kPoints; ++j) points[j] = load(m + (done + i) * row + j * plane + k - first);
+        Tile::point_outputs(points);
+        if (from) added.load_tile(from, i, n, sums);
+        for (int j = 0; j < Tile::kOutputs; ++j) {
+          points[j] += bias;
+          if (p.channel_bias && y.at[i][j] != kOutside) {
+            const int64_t frame = p.bias_frames > 1 ? place.frame_of(j) : 0;
+            points[j] += load_some(p.channel_bias + (place.b * p.bias_frames + frame) * p.out_channels + k, n);
+          }
+          if (from) points[j] += sums[j];
+        }
+        y.store_tile(to, i, n, points);
       }
-    }
-    if (p.residual) {
-      vf added[Tile::kOutputs];
-      gather(static_cast<const T*>(p.residual), from, Tile::kOutputs, k, p.stride_r[1], n, added);
-      for (int i = 0; i < Tile::kOutputs; ++i) y[i] += added[i];
-    }
-    scatter(static_cast<T*>(p.y), to, Tile::kOutputs, k, p.stride_y[1], n, y);
-  });
+      y.write(to, n);
+    });
+  }
 }
 
 // The products of one slice, one panel and `count` tiles, at every point: kSum channels at a time, for exactness.
@@ -103,7 +139,7 @@ void products(const Sizes<Tile>& sizes, int64_t slice, int64_t count, const floa
   for (int64_t point = 0; point < Tile::kPoints; ++point)
     for (int64_t row = 0; row < count; row += kRows) {
       const float* a = v + point * sizes.input_plane + row * sizes.depth;
-      const float* b = weight + (slice * Tile::kPoints + point) * sizes.depth * kPanel;
+      const float* b = weight + (slice * Tile::kPoints + point) * sizes.weight_plane;
       float* to = m + point * sizes.result_plane + row * m_row;
       for (int64_t c = 0; c < sizes.depth; c += kSum) {
         const int64_t depth = std::min(kSum, sizes.depth - c);
@@ -128,13 +164,11 @@ void by_tiles(const Conv3dCpuParams& p, const Sizes<Tile>& sizes) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task * sizes.chunk, count = std::min(sizes.chunk, tiles - first);
       for (int64_t slice = 0; slice < Tile::slices(p); ++slice) {
-        for (int64_t i = 0; i < count; ++i)
-          input_planes<Tile, T>(p, first + i, slice, v + i * sizes.depth, sizes.input_plane);
+        input_planes<Tile, T>(p, first, count, slice, v, sizes.depth, sizes.input_plane);
         for (int64_t i = 0; i < sizes.panels; ++i)
           products(sizes, slice, count, v, weight + i * sizes.panel_weight, m + i * kPanel, sizes.width);
       }
-      for (int64_t i = 0; i < count; ++i)
-        results<Tile, T>(p, first + i, 0, p.out_channels, m + i * sizes.width, sizes.result_plane);
+      results<Tile, T>(p, first, count, 0, p.out_channels, m, sizes.width, sizes.result_plane);
     }
   });
 }
@@ -146,9 +180,11 @@ void by_panels(const Conv3dCpuParams& p, const Sizes<Tile>& sizes) {
   for (int64_t first = 0; first < tiles; first += sizes.chunk) {
     const int64_t count = std::min(sizes.chunk, tiles - first);
     parallel_for(p.threads, slices * count, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) {
-        float* to = v + i / count * sizes.input + i % count * sizes.depth;
-        input_planes<Tile, T>(p, first + i % count, i / count, to, sizes.input_plane);
+      for (int64_t i = begin, some; i < end; i += some) {
+        const int64_t slice = i / count, tile = i % count;
+        some = std::min(end - i, count - tile);
+        float* to = v + slice * sizes.input + tile * sizes.depth;
+        input_planes<Tile, T>(p, first + tile, some, slice, to, sizes.depth, sizes.input_plane);
       }
     });
     parallel_for(p.threads, sizes.panels, [&](int64_t begin, int64_t end, int worker) {
@@ -159,8 +195,7 @@ void by_panels(const Conv3dCpuParams& p, const Sizes<Tile>& sizes) {
         for (int64_t slice = 0; slice < slices; ++slice)
           products(sizes, slice, count, v + slice * sizes.input, weight, m, kPanel);
         const int64_t k = panel * kPanel, width = std::min<int64_t>(kPanel, p.out_channels - k);
-        for (int64_t i = 0; i < count; ++i)
-          results<Tile, T>(p, first + i, k, width, m + i * kPanel, sizes.result_plane);
+        results<Tile, T>(p, first, count, k, width, m, kPanel, sizes.result_plane);
       }
     });
   }

@@ -31,15 +31,24 @@ struct Sizes {
 };
 
 template <class Tile, class T>
-void grad_planes(const Conv3dCpuParams& p, int64_t tile, float* e, int64_t plane) {
-  int64_t at[Tile::kOutputs];
-  Tile(p, tile).outputs(p, p.stride_y, at);
-  for_vectors(0, p.out_channels, [&](int64_t k, int64_t n) {
-    vf g[Tile::kPoints];
-    gather(static_cast<const T*>(p.grad), at, Tile::kOutputs, k, p.stride_y[1], n, g);
-    Tile::output_points(g);
-    for (int i = 0; i < Tile::kPoints; ++i) store(e + i * plane + k, g[i]);
-  });
+void grad_planes(const Conv3dCpuParams& p, int64_t first, int64_t count, float* e, int64_t row, int64_t plane) {
+  Run<Tile, Tile::kOutputs, T> grad(p.stride_y);
+  for (int64_t done = 0, tiles; done < count; done += tiles) {
+    const Tile place(p, first + done);
+    tiles = grad.direct ? 1 : place.run(count - done);
+    grad.box = place.output_box(p, tiles);
+    for (int64_t i = 0; i < tiles; ++i) Tile(p, first + done + i).outputs(p, grad.places(), grad.at[i]);
+    for_vectors(0, p.out_channels, [&](int64_t k, int64_t n) {
+      const T* from = static_cast<const T*>(p.grad) + place.b * p.stride_y[0] + k * p.stride_y[1];
+      grad.read(from, n);
+      for (int64_t i = 0; i < tiles; ++i) {
+        vf g[Tile::kPoints];
+        grad.load_tile(from, i, n, g);
+        Tile::output_points(g);
+        for (int j = 0; j < Tile::kPoints; ++j) store(e + (done + i) * row + j * plane + k, g[j]);
+      }
+    });
+  }
 }
 
 // dweight of one slice and channel and `count` output channels from `first` on, whose points lie at u.
@@ -50,10 +59,9 @@ void taps(const Conv3dCpuParams& p, int64_t slice, int64_t c, int64_t first, int
     vf points[Tile::kPoints];
     for (int i = 0; i < Tile::kPoints; ++i) points[i] = load(u + i * plane + k - first);
     Tile::point_taps(points);
-    for (int64_t l = 0; l < n; ++l) {
-      float* to = p.dweight + ((k + l) * p.channels + c) * all + slice * Tile::kTaps;
-      for (int tap = 0; tap < Tile::kTaps; ++tap) to[tap] = points[tap][l];
-    }
+    alignas(64) float sums[Tile::kTaps * kWidth];
+    for (int tap = 0; tap < Tile::kTaps; ++tap) store(sums + tap * kWidth, points[tap]);
+    turn_back(sums, Tile::kTaps, n, p.channels * all, p.dweight + (k * p.channels + c) * all + slice * Tile::kTaps);
   });
 }
 
@@ -77,10 +85,8 @@ template <class Tile, class T>
 void points(const Conv3dCpuParams& p, const Sizes<Tile>& sizes, int64_t slice, int64_t first, int64_t count, float* v,
             float* e) {
   parallel_for(p.threads, count, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) {
-      input_planes<Tile, T>(p, first + i, slice, v + i * sizes.depth, sizes.x_plane);
-      grad_planes<Tile, T>(p, first + i, e + i * sizes.width, sizes.grad_plane);
-    }
+    input_planes<Tile, T>(p, first + begin, end - begin, slice, v + begin * sizes.depth, sizes.depth, sizes.x_plane);
+    grad_planes<Tile, T>(p, first + begin, end - begin, e + begin * sizes.width, sizes.width, sizes.grad_plane);
   });
 }
 

@@ -8,7 +8,7 @@
 #include <limits>
 
 #include "fastvdiff/conv3d_cpu.h"
-#include "simd.h"
+#include "transpose.h"
 
 FASTVDIFF_BEGIN_ISA
 
@@ -72,9 +72,50 @@ inline int64_t inside(int64_t i, int64_t size, bool replicate) {
   return replicate ? std::min(std::max<int64_t>(i, 0), size - 1) : -1;
 }
 
+// The positions of a tensor that the tiles of a run read or write: (frames, rows, columns).
+struct Box {
+  static constexpr int64_t kMost = 400;  // positions
+  int64_t begin[3], end[3];
+
+  int64_t size(int i) const { return end[i] - begin[i]; }
+  // From `first` on `count` in dimension i, or what the tensor has of them; at least the nearest it has.
+  void clip(int i, int64_t first, int64_t count, int64_t size) {
+    begin[i] = std::min(std::max<int64_t>(first, 0), size - 1), end[i] = std::min(std::max<int64_t>(first + count, 1), size);
+  }
+  // f(offset, length): rows of elements stride[4] apart that make up the box, as long as can be.
+  template <class F>
+  void for_rows(const int64_t (&stride)[5], F&& f) const {
+    int64_t length = size(2), rows = size(1), frames = size(0);
+    if (stride[4] == 1 && stride[3] == length) length *= rows, rows = 1;
+    if (rows == 1 && stride[4] == 1 && stride[2] == length) length *= frames, frames = 1;
+    for (int64_t i = 0; i < frames; ++i)
+      for (int64_t j = 0; j < rows; ++j)
+        f((begin[0] + i) * stride[2] + (begin[1] + j) * stride[3] + begin[2] * stride[4], length);
+  }
+};
+
+// Offsets of (t, h, w) in a sample: of a tensor, or of a box whose positions follow each other as vectors.
+struct Places {
+  int64_t stride[3], origin;
+
+  explicit Places(const int64_t (&tensor)[5]) : stride{tensor[2], tensor[3], tensor[4]}, origin(0) {}
+  explicit Places(const Box& box) : stride{box.size(1) * box.size(2) * kWidth, box.size(2) * kWidth, kWidth} {
+    origin = -(box.begin[0] * stride[0] + box.begin[1] * stride[1] + box.begin[2] * stride[2]);
+  }
+  int64_t operator()(int64_t t, int64_t h, int64_t w) const {
+    return origin + t * stride[0] + h * stride[1] + w * stride[2];
+  }
+};
+
+// Of `left` tiles, those from (row, column) on that make up a box: whole rows, or a part of one; `most`, or a whole row.
+inline int64_t box_of_tiles(int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t left, int64_t most) {
+  const int64_t whole = std::min(std::min(most, left) / columns, rows - row);
+  return column == 0 && whole > 0 ? whole * columns : std::min(std::min(left, most), columns - column);
+}
+
 // 4 x 4 outputs of a frame, from 6 x 6 inputs of each frame under the kernel: 36 products for 144.
 struct Planar {
-  static constexpr int kPoints = 36, kTaps = 9, kOutputs = 16, kTiles = 24, kChunk = 192;
+  static constexpr int kPoints = 36, kTaps = 9, kOutputs = 16, kTiles = 24, kChunk = 192, kRun = 16;
   int64_t rows, columns, b, t, h, w;
 
   static int64_t tiles(const Conv3dCpuParams& p) {
@@ -87,23 +128,36 @@ struct Planar {
     w = tile % columns * 4, h = tile / columns % rows * 4, t = tile / (columns * rows) % p.out_size[0];
     b = tile / (columns * rows * p.out_size[0]);
   }
-  void inputs(const Conv3dCpuParams& p, int64_t slice, int64_t* at) const {
+  int64_t run(int64_t left) const { return box_of_tiles(h / 4, rows, w / 4, columns, left, kRun); }
+  Box output_box(const Conv3dCpuParams& p, int64_t tiles) const {
+    const int64_t high = (tiles + columns - 1) / columns, wide = std::min(tiles, columns);
+    Box box;
+    box.clip(0, t, 1, p.out_size[0]), box.clip(1, h, 4 * high, p.out_size[1]), box.clip(2, w, 4 * wide, p.out_size[2]);
+    return box;
+  }
+  Box input_box(const Conv3dCpuParams& p, int64_t slice, int64_t tiles) const {
+    const int64_t high = (tiles + columns - 1) / columns, wide = std::min(tiles, columns);
+    Box box;
+    box.clip(0, t + slice - p.before[0], 1, p.size[0]), box.clip(1, h - p.before[1], 4 * high + 2, p.size[1]);
+    box.clip(2, w - p.before[2], 4 * wide + 2, p.size[2]);
+    return box;
+  }
+  void inputs(const Conv3dCpuParams& p, int64_t slice, const Places& places, int64_t* at) const {
     const int64_t frame = inside(t + slice - p.before[0], p.size[0], p.replicate[0]);
     for (int i = 0; i < 6; ++i) {
       const int64_t row = inside(h + i - p.before[1], p.size[1], p.replicate[1]);
       for (int j = 0; j < 6; ++j) {
         const int64_t column = inside(w + j - p.before[2], p.size[2], p.replicate[2]);
         const bool zero = frame < 0 || row < 0 || column < 0;
-        at[6 * i + j] = zero ? kOutside
-                             : b * p.stride_x[0] + frame * p.stride_x[2] + row * p.stride_x[3] + column * p.stride_x[4];
+        at[6 * i + j] = zero ? kOutside : places(frame, row, column);
       }
     }
   }
-  void outputs(const Conv3dCpuParams& p, const int64_t (&stride)[5], int64_t* at) const {
+  void outputs(const Conv3dCpuParams& p, const Places& places, int64_t* at) const {
     for (int i = 0; i < 4; ++i)
       for (int j = 0; j < 4; ++j) {
         const bool none = h + i >= p.out_size[1] || w + j >= p.out_size[2];
-        at[4 * i + j] = none ? kOutside : b * stride[0] + t * stride[2] + (h + i) * stride[3] + (w + j) * stride[4];
+        at[4 * i + j] = none ? kOutside : places(t, h + i, w + j);
       }
   }
   int64_t frame_of(int) const { return t; }
@@ -112,6 +166,7 @@ struct Planar {
     if (p.flipped) at[0] = p.kernel[0] - 1 - at[0], at[1] = 2 - at[1], at[2] = 2 - at[2];
     return at[0] * p.stride_w[2] + at[1] * p.stride_w[3] + at[2] * p.stride_w[4];
   }
+  static bool taps_in_a_row(const Conv3dCpuParams& p) { return p.stride_w[3] == 3 && p.stride_w[4] == 1; }
   static void input_points(vf* d) {
     for (int j = 0; j < 6; ++j) points_of_input(d + j, 6);
     for (int i = 0; i < 6; ++i) points_of_input(d + 6 * i, 1);
@@ -148,8 +203,8 @@ struct Planar {
 
 // 4 output frames of a position, from 6: 6 products for 12.
 struct Temporal {
-  static constexpr int kPoints = 6, kTaps = 3, kOutputs = 4, kTiles = 96, kChunk = 768;
-  int64_t b, t, h, w;
+  static constexpr int kPoints = 6, kTaps = 3, kOutputs = 4, kTiles = 96, kChunk = 768, kRun = 64;
+  int64_t rows, columns, b, t, h, w;
 
   static int64_t tiles(const Conv3dCpuParams& p) {
     return p.batch * ((p.out_size[0] + 3) / 4) * p.out_size[1] * p.out_size[2];
@@ -157,27 +212,38 @@ struct Temporal {
   static int64_t slices(const Conv3dCpuParams&) { return 1; }
 
   Temporal(const Conv3dCpuParams& p, int64_t tile) {
-    w = tile % p.out_size[2], h = tile / p.out_size[2] % p.out_size[1];
-    const int64_t frames = (p.out_size[0] + 3) / 4, rest = tile / (p.out_size[1] * p.out_size[2]);
+    rows = p.out_size[1], columns = p.out_size[2], w = tile % columns, h = tile / columns % rows;
+    const int64_t frames = (p.out_size[0] + 3) / 4, rest = tile / (rows * columns);
     t = rest % frames * 4, b = rest / frames;
   }
-  void inputs(const Conv3dCpuParams& p, int64_t, int64_t* at) const {
+  int64_t run(int64_t left) const { return box_of_tiles(h, rows, w, columns, left, kRun); }
+  Box output_box(const Conv3dCpuParams& p, int64_t tiles) const {
+    Box box;
+    box.clip(0, t, 4, p.out_size[0]), box.clip(1, h, (tiles + columns - 1) / columns, rows);
+    box.clip(2, w, std::min(tiles, columns), columns);
+    return box;
+  }
+  Box input_box(const Conv3dCpuParams& p, int64_t, int64_t tiles) const {
+    Box box;
+    box.clip(0, t - p.before[0], 6, p.size[0]);
+    box.clip(1, h - p.before[1], (tiles + columns - 1) / columns, p.size[1]);
+    box.clip(2, w - p.before[2], std::min(tiles, columns), p.size[2]);
+    return box;
+  }
+  void inputs(const Conv3dCpuParams& p, int64_t, const Places& places, int64_t* at) const {
     const int64_t row = inside(h - p.before[1], p.size[1], p.replicate[1]);
     const int64_t column = inside(w - p.before[2], p.size[2], p.replicate[2]);
     for (int i = 0; i < 6; ++i) {
       const int64_t frame = inside(t + i - p.before[0], p.size[0], p.replicate[0]);
-      const bool zero = frame < 0 || row < 0 || column < 0;
-      at[i] = zero ? kOutside
-                   : b * p.stride_x[0] + frame * p.stride_x[2] + row * p.stride_x[3] + column * p.stride_x[4];
+      at[i] = frame < 0 || row < 0 || column < 0 ? kOutside : places(frame, row, column);
     }
   }
-  void outputs(const Conv3dCpuParams& p, const int64_t (&stride)[5], int64_t* at) const {
-    for (int i = 0; i < 4; ++i)
-      at[i] = t + i >= p.out_size[0] ? kOutside
-                                     : b * stride[0] + (t + i) * stride[2] + h * stride[3] + w * stride[4];
+  void outputs(const Conv3dCpuParams& p, const Places& places, int64_t* at) const {
+    for (int i = 0; i < 4; ++i) at[i] = t + i >= p.out_size[0] ? kOutside : places(t + i, h, w);
   }
   int64_t frame_of(int output) const { return t + output; }
   static int64_t tap_at(const Conv3dCpuParams& p, int64_t, int tap) { return (p.flipped ? 2 - tap : tap) * p.stride_w[2]; }
+  static bool taps_in_a_row(const Conv3dCpuParams& p) { return p.stride_w[2] == 1; }
   static void input_points(vf* d) { points_of_input(d, 1); }
   static void point_outputs(vf* m) { outputs_of_points(m, 1); }
   static void output_points(vf* g) { points_of_output(g, 1); }
@@ -185,48 +251,89 @@ struct Temporal {
   static void point_taps(vf* u) { taps_of_points(u, 1); }
 };
 
-// The first n <= kWidth channels from `channel` on at each of `count` offsets, channels `step` elements apart.
-template <class T>
-inline void gather(const T* from, const int64_t* at, int count, int64_t channel, int64_t step, int64_t n, vf* to) {
-  if (step == 1) {
-    for (int i = 0; i < count; ++i) to[i] = at[i] == kOutside ? vf{} : load_some(from + at[i] + channel, n);
-    return;
-  }
-  float lanes[36][kWidth] = {};
-  for (int64_t l = 0; l < n; ++l) {
-    const T* plane = from + (channel + l) * step;
-    for (int i = 0; i < count; ++i) lanes[i][l] = at[i] == kOutside ? 0.0f : to_float(plane[at[i]]);
-  }
-  for (int i = 0; i < count; ++i) to[i] = load(lanes[i]);
-}
+// A run of tiles in one tensor, kCount elements each. Channels that are neighbours are read and written where they lie, a
+// tile at a time; of others kWidth channels of the run's box are turned into vectors first, or come from there.
+template <class Tile, int kCount, class T>
+struct Run {
+  const int64_t (&stride)[5];
+  bool direct;
+  Box box;
+  int64_t at[Tile::kRun][kCount];
+  alignas(64) float turned[Box::kMost * kWidth];
 
-template <class T>
-inline void scatter(T* to, const int64_t* at, int count, int64_t channel, int64_t step, int64_t n, const vf* from) {
-  if (step == 1) {
-    for (int i = 0; i < count; ++i)
-      if (at[i] != kOutside) store_some(to + at[i] + channel, from[i], n);
-    return;
-  }
-  float lanes[16][kWidth];
-  for (int i = 0; i < count; ++i) store(lanes[i], from[i]);
-  for (int64_t l = 0; l < n; ++l) {
-    T* plane = to + (channel + l) * step;
-    for (int i = 0; i < count; ++i)
-      if (at[i] != kOutside) plane[at[i]] = from_float<T>(lanes[i][l]);
-  }
-}
+  explicit Run(const int64_t (&stride)[5]) : stride(stride), direct(stride[1] == 1) {}
+  Places places() const { return direct ? Places(stride) : Places(box); }
 
-// The points of tile `tile`'s inputs under slice `slice`, each `plane` floats from the last, kWidth channels at a time.
+  // The first n <= kWidth channels from `from` on.
+  void read(const T* from, int64_t n) {
+    if (direct) return;
+    float* to = turned;
+    box.for_rows(stride, [&](int64_t offset, int64_t length) {
+      if (stride[4] == 1) {
+        turn_rows(from + offset, length, n, stride[1], to, kWidth);
+      } else {
+        for (int64_t i = 0; i < length; ++i)
+          for (int64_t l = 0; l < kWidth; ++l)
+            to[i * kWidth + l] = l < n ? to_float(from[offset + i * stride[4] + l * stride[1]]) : 0.0f;
+      }
+      to += length * kWidth;
+    });
+  }
+  void load_tile(const T* from, int64_t tile, int64_t n, vf* to) const {
+    const int64_t* places = at[tile];
+    if (direct)
+      for (int i = 0; i < kCount; ++i) to[i] = places[i] == kOutside ? vf{} : load_some(from + places[i], n);
+    else
+      for (int i = 0; i < kCount; ++i) to[i] = places[i] == kOutside ? vf{} : load(turned + places[i]);
+  }
+  void store_tile(T* to, int64_t tile, int64_t n, const vf* from) {
+    const int64_t* places = at[tile];
+    for (int i = 0; i < kCount; ++i) {
+      if (places[i] == kOutside) continue;
+      if (direct)
+        store_some(to + places[i], from[i], n);
+      else
+        store(turned + places[i], from[i]);
+    }
+  }
+  void write(T* to, int64_t n) const {
+    if (direct) return;
+    const float* from = turned;
+    box.for_rows(stride, [&](int64_t offset, int64_t length) {
+      if (stride[4] == 1) {
+        turn_back(from, length, n, stride[1], to + offset);
+      } else {
+        for (int64_t i = 0; i < length; ++i)
+          for (int64_t l = 0; l < n; ++l)
+            to[offset + i * stride[4] + l * stride[1]] = from_float<T>(from[i * kWidth + l]);
+      }
+      from += length * kWidth;
+    });
+  }
+};
+
+// The points of the inputs of `count` tiles from `first` on under slice `slice`: each `plane` floats from the last, a
+// tile's `row` floats from those of the one before.
 template <class Tile, class T>
-inline void input_planes(const Conv3dCpuParams& p, int64_t tile, int64_t slice, float* v, int64_t plane) {
-  int64_t at[Tile::kPoints];
-  Tile(p, tile).inputs(p, slice, at);
-  for_vectors(0, p.channels, [&](int64_t c, int64_t n) {
-    vf d[Tile::kPoints];
-    gather(static_cast<const T*>(p.x), at, Tile::kPoints, c, p.stride_x[1], n, d);
-    Tile::input_points(d);
-    for (int i = 0; i < Tile::kPoints; ++i) store(v + i * plane + c, d[i]);
-  });
+inline void input_planes(const Conv3dCpuParams& p, int64_t first, int64_t count, int64_t slice, float* v, int64_t row,
+                         int64_t plane) {
+  Run<Tile, Tile::kPoints, T> x(p.stride_x);
+  for (int64_t done = 0, tiles; done < count; done += tiles) {
+    const Tile place(p, first + done);
+    tiles = x.direct ? 1 : place.run(count - done);
+    x.box = place.input_box(p, slice, tiles);
+    for (int64_t i = 0; i < tiles; ++i) Tile(p, first + done + i).inputs(p, slice, x.places(), x.at[i]);
+    for_vectors(0, p.channels, [&](int64_t c, int64_t n) {
+      const T* from = static_cast<const T*>(p.x) + place.b * p.stride_x[0] + c * p.stride_x[1];
+      x.read(from, n);
+      for (int64_t i = 0; i < tiles; ++i) {
+        vf d[Tile::kPoints];
+        x.load_tile(from, i, n, d);
+        Tile::input_points(d);
+        for (int k = 0; k < Tile::kPoints; ++k) store(v + (done + i) * row + k * plane + c, d[k]);
+      }
+    });
+  }
 }
 
 // m[r][k] (+)= sum over i < depth of a[r, i] b[i, k], for kRows rows and kPanel columns: what is there is added last, so

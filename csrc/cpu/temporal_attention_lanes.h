@@ -3,7 +3,7 @@
 #pragma once
 
 #include "fastvdiff/temporal_attention.h"
-#include "simd.h"
+#include "transpose.h"
 
 FASTVDIFF_BEGIN_ISA
 
@@ -53,31 +53,6 @@ struct Strip {
 // ---- four neighbouring dims of every position: 4 x kWidth transposes ----------------------------------------------
 
 constexpr int kDims = 4;
-
-// In each 128-bit lane of four vectors, the 4 x 4 transpose; it is its own inverse.
-inline void transpose_4x4(vf x[kDims]) {
-#if defined(__AVX512F__)
-  const __m512 a = _mm512_maskz_unpacklo_ps(kAllLanes, (__m512)x[0], (__m512)x[1]);
-  const __m512 b = _mm512_maskz_unpackhi_ps(kAllLanes, (__m512)x[0], (__m512)x[1]);
-  const __m512 c = _mm512_maskz_unpacklo_ps(kAllLanes, (__m512)x[2], (__m512)x[3]);
-  const __m512 d = _mm512_maskz_unpackhi_ps(kAllLanes, (__m512)x[2], (__m512)x[3]);
-  x[0] = (vf)_mm512_maskz_unpacklo_pd(0xFF, (__m512d)a, (__m512d)c);
-  x[1] = (vf)_mm512_maskz_unpackhi_pd(0xFF, (__m512d)a, (__m512d)c);
-  x[2] = (vf)_mm512_maskz_unpacklo_pd(0xFF, (__m512d)b, (__m512d)d);
-  x[3] = (vf)_mm512_maskz_unpackhi_pd(0xFF, (__m512d)b, (__m512d)d);
-#elif defined(__AVX2__)
-  const __m256 a = _mm256_unpacklo_ps((__m256)x[0], (__m256)x[1]), b = _mm256_unpackhi_ps((__m256)x[0], (__m256)x[1]);
-  const __m256 c = _mm256_unpacklo_ps((__m256)x[2], (__m256)x[3]), d = _mm256_unpackhi_ps((__m256)x[2], (__m256)x[3]);
-  x[0] = (vf)_mm256_unpacklo_pd((__m256d)a, (__m256d)c), x[1] = (vf)_mm256_unpackhi_pd((__m256d)a, (__m256d)c);
-  x[2] = (vf)_mm256_unpacklo_pd((__m256d)b, (__m256d)d), x[3] = (vf)_mm256_unpackhi_pd((__m256d)b, (__m256d)d);
-#else
-  for (int i = 0; i < kDims; ++i)
-    for (int j = 0; j < i; ++j) {
-      const float t = x[i][j];
-      x[i][j] = x[j][i], x[j][i] = t;
-    }
-#endif
-}
 
 // Element groups of 4 from kWidth / 4 places, one after the other in a vector.
 inline vf load_4s(const float* const* from) {

@@ -98,23 +98,20 @@ def slower_than_direct(facts: dispatch.Facts) -> str | None:
     ):
         return "left to torch under vmap and forward-mode differentiation"
     weight, (frames, height, width) = facts.options["weight"], facts.options["out_sizes"]
-    last = _channels_last(facts)
     fewest, pairs = min(facts.shape[1], weight[0]), facts.shape[1] * weight[0]
     if facts.dtype.itemsize == 2 and facts.dtype in FAST_ON_CPU:
         return f"slower here: oneDNN multiplies {facts.dtype} by instructions of its own"
     if weight[3] == 1:
-        if not last:
-            return "slower here: 3x1x1 on a contiguous tensor"
-        if fewest < 32 or pairs * facts.options["positions"] < 600_000:
-            return "slower here: 3x1x1 with fewer than 32 channels, or on a small tensor"
+        if fewest < 48 or pairs * facts.options["positions"] < 600_000:
+            return "slower here: 3x1x1 with fewer than 48 channels, or on a small tensor"
         asked, made = frames, -(-frames // 4) * 4
     else:
-        least = 48 if not last else 32 if _AVX512 else 16
+        least = 24 if _AVX512 and _channels_last(facts) else 16
         if fewest < least:
             return f"slower here: fewer than {least} channels"
-        tiles, few = -(-height // 4) * -(-width // 4), 64 if _AVX512 and not last else 24
-        if facts.shape[0] * frames * tiles < few and pairs > 2048:
-            return f"slower here: the weight is large beside a tensor of fewer than {few} tiles"
+        tiles = -(-height // 4) * -(-width // 4)
+        if facts.shape[0] * frames * tiles < 8 and pairs > 2048:
+            return "slower here: the weight is large beside a tensor of fewer than 8 tiles"
         asked, made = height * width, tiles * 16
     return f"slower here: of its tiles' {made} outputs {asked} are asked for" if asked < 0.65 * made else None
 
