@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastvdiff import checks
+from fastvdiff.reference.conv3d import is_channels_last
 
 from .conv3d import Conv3d
+
+
+def _by_image(resample: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """`resample` of every frame, in channels_last_3d: torch's kernels for images are many times its others there."""
+    images = x.contiguous(memory_format=torch.channels_last_3d).transpose(1, 2).flatten(0, 1)
+    return resample(images).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 
 class Downsample3d(nn.Module):
@@ -45,6 +54,8 @@ class Downsample3d(nn.Module):
         """(B, C, T, H, W) -> (B, C_out, T, ceil(H / 2), ceil(W / 2))."""
         if self.conv is not None:
             return self.conv(x)
+        if is_channels_last(x):
+            return _by_image(lambda images: F.avg_pool2d(images, 2, ceil_mode=True), x)
         return F.avg_pool3d(x, (1, 2, 2), ceil_mode=True)
 
 
@@ -78,11 +89,8 @@ class Upsample3d(nn.Module):
 
     def forward(self, x: torch.Tensor, output_size: tuple[int, int] | None = None) -> torch.Tensor:
         """(B, C, T, H, W) -> (B, C_out, T, *output_size); (2 H, 2 W) if None, one less undoes an odd Downsample3d."""
-        batch, channels, frames, height, width = x.shape
-        repeated = x[:, :, :, :, None, :, None].expand(-1, -1, -1, -1, 2, -1, 2)
-        # Copying through a channels-last view keeps the repetition one pass over memory in that format.
-        x = repeated.permute(0, 2, 3, 4, 5, 6, 1).reshape(batch, frames, 2 * height, 2 * width, channels)
-        x = x.permute(0, 4, 1, 2, 3)
+        height, width = x.shape[3:]
+        x = _by_image(lambda images: F.interpolate(images, size=(2 * height, 2 * width)), x)
         if output_size is not None:
             x = x[..., : output_size[0], : output_size[1]]
         return x if self.conv is None else self.conv(x)
