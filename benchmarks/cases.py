@@ -168,6 +168,14 @@ def _conv3d() -> list[Case]:
     return cases
 
 
+def _geglu() -> list[Case]:
+    """Of a feed-forward layer of 320 channels in one clip of 8 frames at 32 x 32."""
+    return _both(
+        (False,), op="geglu", label="8192x320", tensors=_normal((8, 1024, 2 * 4 * 320)), eager=eager.geglu,
+        fast=ops.geglu,
+    )  # fmt: skip
+
+
 def _ddim_step() -> list[Case]:
     x = (2, 4, 16, 128, 128)
     return [
@@ -180,5 +188,5 @@ def _ddim_step() -> list[Case]:
 
 
 CASES = (
-    *_group_norm_silu(), *_temporal_attention(), *_temporal_attention_block(), *_conv3d(), *_ddim_step(),
+    *_group_norm_silu(), *_temporal_attention(), *_temporal_attention_block(), *_conv3d(), *_geglu(), *_ddim_step(),
 )  # fmt: skip

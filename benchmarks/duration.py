@@ -27,7 +27,7 @@ _PUBLISHED = (200.0, 60.0)
 # What SELECT may be, each within one command: the goals first, then everything.
 SELECTIONS = (
     "goals and not conv3d", "goals and conv3d",
-    "group_norm_silu", "temporal_attention and not block", "temporal_attention_block", "ddim_step",
+    "group_norm_silu", "temporal_attention and not block", "temporal_attention_block", "geglu", "ddim_step",
     "conv3d and not norm_silu and forward", "conv3d and not norm_silu and training", "norm_silu_conv3d",
     "networks and VideoUNet and forward", "networks and VideoUNet and training",
     "networks and not VideoUNet and forward and not Spatio", "networks and Spatio",

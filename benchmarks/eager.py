@@ -96,6 +96,12 @@ def resnet_block(
     return x + norm_silu_conv3d(h, groups, *last)
 
 
+def geglu(x: torch.Tensor) -> torch.Tensor:
+    """diffusers' own: the second half of each row gates the first."""
+    h, gate = x.chunk(2, dim=-1)
+    return h * F.gelu(gate)
+
+
 def ddim_step(
     sample: Any, conditional: Any, unconditional: Any, alpha_t: float, alpha_prev: float, guidance: float, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

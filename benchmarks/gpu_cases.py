@@ -143,6 +143,24 @@ def _blocks() -> list[GpuCase]:
     return [case for level in (*VDM, SVD[0], ANIMATEDIFF[0]) for case in passes(partial(_block, level))]
 
 
+# ---- geglu -----------------------------------------------------------------------------------------------------------
+
+
+def _geglu(level: Level, training: bool, _: bool) -> GpuCase:
+    """Of a feed-forward layer on the level's tokens, four times as wide as its channels."""
+    frames, positions, width = level.batch * level.frames, level.height * level.width, 4 * level.channels
+    return GpuCase(
+        "geglu", level.name, traffic.geglu(frames * positions, width, training=training),
+        lambda draw: (draw.normal(frames, positions, 2 * width),), eager.geglu, ops.geglu,
+        axes=(0,), out_axis=0, training=training, compile_mode=_compile_mode(training, level is SVD[0]),
+        headline=level is SVD[0],
+    )  # fmt: skip
+
+
+def _geglus() -> list[GpuCase]:
+    return [case for level in (*SVD, *ANIMATEDIFF) for case in passes(partial(_geglu, level), (False,))]
+
+
 # ---- ddim_step -------------------------------------------------------------------------------------------------------
 
 _ALPHAS = (0.5, 0.6)
@@ -206,4 +224,6 @@ def _aimed(case: GpuCase) -> GpuCase:
     return replace(case, target_us=targets.microseconds(case.op, case.name, case.work))
 
 
-CASES = tuple(map(_aimed, (*_group_norms(), *_attentions(), *_blocks(), *_steps(), *gpu_convolutions.cases())))
+CASES = tuple(
+    map(_aimed, (*_group_norms(), *_attentions(), *_blocks(), *_geglus(), *_steps(), *gpu_convolutions.cases()))
+)

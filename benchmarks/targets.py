@@ -105,6 +105,7 @@ def _on_gpus() -> Iterator[Target]:
         f"temporal_attention_block-vdm-l0-{_FORMAT}-forward",
     )  # fmt: skip
     yield from _convolutions()
+    yield Target("cuda", "geglu", "copy bandwidth at 320 channels", "reached", 0.88, "geglu-(svd|animatediff)-l0-.*")
     yield Target("cuda", "ddim_step", "copy bandwidth from 256 MB", "reached", 0.88, "ddim_step-256-MB-.*")
     yield from _networks("cuda", "VideoUNet", "VideoUNet", ".*", 2.0, 1.5)
     yield Target(
@@ -128,6 +129,8 @@ def _on_cpus() -> Iterator[Target]:
     )  # fmt: skip
     yield Target("cpu", "conv3d", "oneDNN's own time", "against eager", 1.0, "conv3d-.*")
     yield Target("cpu", "norm_silu_conv3d", "the two ops' own time", "against eager", 1.0, "norm_silu_conv3d-.*")
+    yield Target("cpu", "geglu", "forward", "against eager", 1.5, "geglu-.*-forward")
+    yield Target("cpu", "geglu", "forward and backward", "against eager", 1.3, "geglu-.*-training")
     yield Target("cpu", "ddim_step", "2M elements, guidance and clip", "against eager", 5.0, "ddim_step-.*")
     yield Target("cpu", "ddim_step", "the aim there", "against eager", 10.0, "ddim_step-.*")
     yield from _networks("cpu", "VideoUNet", "VideoUNet", ".*", 1.5, 1.4)

@@ -14,6 +14,7 @@
 #include "cpu/dispatch.h"
 #include "fastvdiff/conv3d_cpu.h"
 #include "fastvdiff/ddim_step.h"
+#include "fastvdiff/geglu.h"
 #include "fastvdiff/group_norm_silu.h"
 #include "fastvdiff/temporal_attention.h"
 #include "fastvdiff/temporal_attention_block.h"
@@ -124,6 +125,28 @@ void bind_ddim_step(py::module_& m) {
     p.d_sample = at<void>(d_sample), p.d_model_output = at<void>(d_model_output);
     p.d_uncond_output = at<void>(d_uncond_output), p.d_noise = at<void>(d_noise);
     run(ddim_step_backward, p);
+  });
+}
+
+// sizes: rows, width, stride of x's rows, stride of the gradient's rows
+void bind_geglu(py::module_& m) {
+  const auto params = [](const std::array<int64_t, 4>& sizes, Address x, int dtype, int threads) {
+    GegluParams p{};
+    p.x = at<const void>(x);
+    p.rows = sizes[0], p.width = sizes[1], p.stride_x = sizes[2], p.stride_grad = sizes[3];
+    p.dtype = static_cast<DType>(dtype), p.threads = threads;
+    return p;
+  };
+  m.def("geglu_forward", [params](const std::array<int64_t, 4>& sizes, Address x, int dtype, int threads, Address y) {
+    GegluParams p = params(sizes, x, dtype, threads);
+    p.y = at<void>(y);
+    run(geglu_forward, p);
+  });
+  m.def("geglu_backward", [params](const std::array<int64_t, 4>& sizes, Address x, int dtype, int threads, Address grad,
+                                   Address dx) {
+    GegluParams p = params(sizes, x, dtype, threads);
+    p.grad = at<const void>(grad), p.dx = at<void>(dx);
+    run(geglu_backward, p);
   });
 }
 
@@ -293,6 +316,7 @@ PYBIND11_MODULE(_C, m) {
   bind_isa(m);
   bind_group_norm_silu(m);
   bind_ddim_step(m);
+  bind_geglu(m);
   bind_temporal_attention(m);
   bind_temporal_attention_block(m);
   bind_conv3d(m);

@@ -4,6 +4,7 @@
 
 #include "fastvdiff/conv3d_cpu.h"
 #include "fastvdiff/ddim_step.h"
+#include "fastvdiff/geglu.h"
 #include "fastvdiff/group_norm_silu.h"
 #include "fastvdiff/temporal_attention.h"
 #include "fastvdiff/temporal_attention_block.h"
@@ -70,6 +71,8 @@ FASTVDIFF_DISPATCH(int64_t, conv3d_workspace, Conv3dCpuParams)
 FASTVDIFF_DISPATCH(int64_t, conv3d_weight_gradient_workspace, Conv3dCpuParams)
 FASTVDIFF_DISPATCH(void, conv3d_forward, Conv3dCpuParams)
 FASTVDIFF_DISPATCH(void, conv3d_weight_gradient, Conv3dCpuParams)
+FASTVDIFF_DISPATCH(void, geglu_forward, GegluParams)
+FASTVDIFF_DISPATCH(void, geglu_backward, GegluParams)
 FASTVDIFF_DISPATCH(int64_t, ddim_step_workspace, DdimStepParams)
 FASTVDIFF_DISPATCH(void, ddim_step_forward, DdimStepParams)
 FASTVDIFF_DISPATCH(void, ddim_step_backward, DdimStepParams)

@@ -148,6 +148,11 @@ def _ddim_step(draw: Draw, big: bool) -> Arguments:
     return (draw(*shape), draw(*shape), 0.5, 0.6), named
 
 
+def _geglu(draw: Draw, big: bool) -> Arguments:
+    rows, width = (2048 * draw.side**2, 640) if big else (35, 40)
+    return (draw(2, rows, 2 * width),), {}
+
+
 EXAMPLES = (
     Example("group_norm_silu", "GroupNorm + SiLU", _group_norm_silu),
     Example("group_norm_silu", "the same, contiguous", _group_norm_silu_contiguous),
@@ -162,6 +167,7 @@ EXAMPLES = (
     Example("conv3d", "3x3x3 on 3 channels, strides and dilation", _conv3d_down),
     Example("norm_silu_conv3d", "GroupNorm + SiLU + 1x3x3", _norm_silu_conv3d),
     Example("norm_silu_conv3d", "the same, modulated, statistics given", _norm_silu_conv3d_given),
+    Example("geglu", "h * gelu(gate) of a feed-forward layer", _geglu),
     Example("ddim_step", "DDIM step, guidance and clip", _ddim_step),
     Example("ddim_step", "DDIM step, noise drawn inside", _ddim_step_noisy),
     Example("ddim_step", "DDIM step, threshold and rescale", _ddim_step_threshold, training=False),

@@ -104,6 +104,10 @@ def _temporal_attention_block(b: int, t: int, h: int, w: int, c: int, heads: int
     return partial(ops.temporal_attention_block, heads=heads), (x, *weights)
 
 
+def _geglu(b: int, t: int, h: int, w: int, c: int, *_: int) -> _Case:
+    return ops.geglu, (_draw(b * t, h * w, 8 * c),)
+
+
 def _ddim_step(b: int, t: int, h: int, w: int, *_: int) -> _Case:
     tensors = tuple(_draw(b, 4, t, h, w) for _ in range(3))
     guided = partial(ops.ddim_step, alpha_t=0.5, alpha_prev=0.6, guidance_scale=7.5, clip_sample=1.0)
@@ -114,5 +118,6 @@ _CALLS: dict[str, Callable[..., _Case]] = {
     "group_norm_silu": _group_norm_silu,
     "temporal_attention": _temporal_attention,
     "temporal_attention_block": _temporal_attention_block,
+    "geglu": _geglu,
     "ddim_step": _ddim_step,
 }

@@ -4,6 +4,7 @@ from fastvdiff import dispatch
 
 from .conv3d import conv3d
 from .ddim_step import ddim_step
+from .geglu import geglu
 from .group_norm_silu import group_norm_silu
 from .norm_silu_conv3d import norm_silu_conv3d
 from .temporal_attention import temporal_attention
@@ -14,6 +15,7 @@ dispatch.check_environment()
 __all__ = [
     "conv3d",
     "ddim_step",
+    "geglu",
     "group_norm_silu",
     "norm_silu_conv3d",
     "temporal_attention",

@@ -31,4 +31,5 @@ def cases() -> list[GpuCase]:
             ),
         ]
     made.append(gpu_convolutions.statistics(Convolution(LEVEL, SPACE), False, True))
+    made += [gpu_cases._geglu(LEVEL, training, False) for training in (False, True)]
     return made + [gpu_cases._ddim_step("small", LEVEL.clip, kind) for kind in ("clip", "noise", "threshold")]

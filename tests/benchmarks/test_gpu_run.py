@@ -42,7 +42,7 @@ def test_a_right_case_is_raced(case: GpuCase) -> None:
     row = rows[0]
     assert row.correct
     assert {"eager", "fastvdiff"} <= set(row.times)
-    assert ("eager channels_last" in row.times) != case.channels_last
+    assert ("eager channels_last" in row.times) == (not case.channels_last and case.op != "geglu")  # rows of tokens
     assert ("eager contiguous" in row.times) == (case.channels_last and case.op.endswith("conv3d"))
     assert row.device.checked.startswith("all elements")
     assert row.device.peak_bytes.keys() == row.device.result_bytes.keys() == row.times.keys()

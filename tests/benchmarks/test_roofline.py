@@ -67,6 +67,12 @@ def test_the_block_of_the_original_network_is_bound_by_arithmetic() -> None:
     assert 1e6 * work.moved / H200.copy == pytest.approx(16, rel=0.03)
 
 
+def test_the_gate_moves_both_halves_and_the_result() -> None:
+    result = 100 * 1280 * 2
+    assert traffic.geglu(100, 1280).moved == 3 * result
+    assert traffic.geglu(100, 1280, training=True).moved == 8 * result
+
+
 def test_the_step_moves_four_or_five_tensors() -> None:
     shape = (2, 4, 16, 64, 64)
     tensor = 2 * 4 * 16 * 64 * 64 * 2

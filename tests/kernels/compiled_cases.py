@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastvdiff.kernels import ddim_step, group_norm_silu, temporal_attention, temporal_attention_block
+from fastvdiff.kernels import ddim_step, geglu, group_norm_silu, temporal_attention, temporal_attention_block
 from fastvdiff.ops.ddim_step import Step
 
 Case = tuple[str, Callable[[], Any]]
@@ -44,7 +44,7 @@ LONG = (
 
 def cases(long: bool) -> Iterator[Case]:
     """The cases by name: all of them, or those of the ordinary run."""
-    for each in (_group_norm_silu, _temporal_attention, _temporal_attention_block, _ddim_step):
+    for each in (_group_norm_silu, _temporal_attention, _temporal_attention_block, _geglu, _ddim_step):
         yield from (case for case in each() if long or case[0] not in LONG)
 
 
@@ -156,6 +156,16 @@ def _temporal_attention_block() -> Iterator[Case]:
     yield "temporal_attention_block-vdm-l0-full", lambda: both("vdm-l0", "rms_norm", full=True)
     yield "temporal_attention_block-animatediff-l0-full", lambda: both("animatediff-l0", full=True)
     yield "temporal_attention_block-vdm-l0-fp32", lambda: both("vdm-l0", dtype=torch.float32)
+
+
+def _geglu() -> Iterator[Case]:
+    def both(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        x = empty(rows, 2 * width, dtype=dtype)
+        geglu.backward(geglu.forward(x), x)
+
+    yield "geglu-svd-l0", lambda: both(2 * 25 * 72 * 128, 1280)
+    yield "geglu-fp32", lambda: both(4096, 2560, torch.float32)
+    yield "geglu-masked", lambda: both(4096, 200, torch.float16)
 
 
 def _ddim_step() -> Iterator[Case]:

@@ -73,6 +73,7 @@ def test_attention_runs_on_tensor_cores(records: list[Record], op: str) -> None:
         "group_norm_silu-svd-l0-contiguous",
         "temporal_attention-svd-l0",
         "temporal_attention-animatediff-l0",
+        "geglu-svd-l0",
         "ddim_step-small",
         "ddim_step-256MB-noise",
     ],

@@ -72,16 +72,16 @@ def i2vgen(**options: Any) -> tuple[nn.Module, contract.Inputs]:
 REPLACED = {
     unet3d: {
         "UNet3DConditionModel": 1, "TransformerTemporalModel": 5, "ResnetBlock2D": 8, "TemporalConvLayer": 8,
-        "Sequential": 32, "Conv3d": 32, "Attention": 4,
+        "Sequential": 32, "Conv3d": 32, "Attention": 4, "GEGLU": 9,
     },
-    motion: {"UNetMotionModel": 1, "AnimateDiffTransformer3D": 7, "ResnetBlock2D": 8, "Attention": 4},
+    motion: {"UNetMotionModel": 1, "AnimateDiffTransformer3D": 7, "ResnetBlock2D": 8, "Attention": 4, "GEGLU": 11},
     svd: {
         "TransformerSpatioTemporalModel": 4, "ResnetBlock2D": 8, "TemporalResnetBlock": 8, "AlphaBlender": 12,
-        "Attention": 8,
+        "Attention": 8, "GEGLU": 12,
     },
     i2vgen: {
         "I2VGenXLUNet": 1, "TransformerTemporalModel": 5, "ResnetBlock2D": 8, "TemporalConvLayer": 8,
-        "Sequential": 32, "Conv3d": 32, "Attention": 4,
+        "Sequential": 32, "Conv3d": 32, "Attention": 4, "GEGLU": 9,
     },
 }  # fmt: skip
 everywhere = pytest.mark.parametrize("make", REPLACED, ids=lambda make: make.__name__)
