@@ -1,8 +1,9 @@
 // Computes: y = conv(x, weight) + bias + channel_bias + residual (csrc/include/fastvdiff/conv3d_cpu.h), for kernels of
 //   (k, 3, 3) with a quarter of a direct sum's multiplications, of (3, 1, 1) with half of them; x's gradient too, by the
 //   flipped kernel.
-// Layout: lanes are channels: channels_last_3d is read and written as it lies, other strides value by value (a third of
-//   the time at 64 channels, little at 320).
+// Layout: lanes are channels: channels_last_3d is read and written as it lies. Of other strides a run of tiles is turned
+//   into vectors of channels first, whole lines at a time (struct Run): read tile by tile, the lines of 16 channels, a
+//   power of 2 apart, drove each other out of the first cache, and contiguous tensors took a third longer.
 // Work split: tiles of 4 x 4 outputs (4 over time); a worker multiplies the points of some tiles (36 or 6 planes of tiles
 //   x channels) by those of some output channels, plane by plane: few tiles and all channels, or, where the weight's
 //   points are more than the last cache holds, many tiles and kPanel channels (struct Sizes).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from fastvdiff import checks
 
@@ -42,13 +41,13 @@ class CrossAttention(Attention):
         if context.dim() != 3 or context.shape[0] != batch or context.shape[2] != self.to_k.in_features:
             expected = f"shape (B, L, D) = ({batch}, L, {self.to_k.in_features})"
             checks.fail("CrossAttention", "context", expected, tuple(context.shape))
-        if context_mask is not None:
-            if tuple(context_mask.shape) != tuple(context.shape[:2]) or context_mask.dtype != torch.bool:
-                expected = f"a bool tensor of shape (B, L) = {tuple(context.shape[:2])}"
-                checks.fail("CrossAttention", "context_mask", expected, checks.describe(context_mask))
-            context_mask = context_mask[:, None, None, :]
+        right = context_mask is None or (
+            tuple(context_mask.shape) == tuple(context.shape[:2]) and context_mask.dtype == torch.bool
+        )
+        if not right:
+            expected = f"a bool tensor of shape (B, L) = {tuple(context.shape[:2])}"
+            checks.fail("CrossAttention", "context_mask", expected, checks.describe(context_mask))
         tokens = to_tokens(x)
-        q = self.split_heads(self.to_q(self.normed(tokens)).flatten(1, 2))
-        k, v = self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
-        y = self.output(F.scaled_dot_product_attention(q, k, v, attn_mask=context_mask))
+        q = self.to_q(self.normed(tokens)).flatten(1, 2)
+        y = self.attend(q, self.to_k(context), self.to_v(context), context_mask)
         return x + from_tokens(y.unflatten(1, tokens.shape[1:3]), *x.shape[3:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from .attention import Attention
 from .tokens import from_tokens, to_tokens
@@ -28,10 +27,8 @@ class CrossFrameAttention(Attention):
         """(B, C, T, H, W) -> (B, C, T, H, W)."""
         self.check_video(x)
         normed = self.normed(to_tokens(x))
-        q = self.split_heads(self.to_q(normed).flatten(0, 1))
-        k = self.split_heads(_first_and_previous(self.to_k(normed)))
-        v = self.split_heads(_first_and_previous(self.to_v(normed)))
-        y = self.output(F.scaled_dot_product_attention(q, k, v))
+        k, v = _first_and_previous(self.to_k(normed)), _first_and_previous(self.to_v(normed))
+        y = self.attend(self.to_q(normed).flatten(0, 1), k, v)
         return x + from_tokens(y.unflatten(0, normed.shape[:2]), *x.shape[3:])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from .attention import Attention
 from .tokens import from_tokens, to_tokens
@@ -25,6 +24,5 @@ class SpatialAttention(Attention):
         self.check_video(x)
         frames = to_tokens(x).flatten(0, 1)
         normed = self.normed(frames)
-        q, k, v = (self.split_heads(project(normed)) for project in (self.to_q, self.to_k, self.to_v))
-        y = self.output(F.scaled_dot_product_attention(q, k, v))
+        y = self.attend(self.to_q(normed), self.to_k(normed), self.to_v(normed))
         return x + from_tokens(y.unflatten(0, (x.shape[0], x.shape[2])), *x.shape[3:])

@@ -127,5 +127,6 @@ class TemporalAttention(Attention):
         if attn_mask is not None:
             bias = bias.masked_fill(~attn_mask.reshape(batch, 1, -1, frames), float("-inf"))
         bias = bias.repeat_interleave(height * width, dim=0)
-        y = self.output(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.attention_dropout))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.attention_dropout)
+        y = self.output(y.transpose(1, 2).flatten(2))
         return y.reshape(batch, height, width, frames, -1).permute(0, 4, 3, 1, 2)

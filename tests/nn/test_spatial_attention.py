@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastvdiff import dispatch
 from fastvdiff.nn import CrossFrameAttention, SpatialAttention
 from fastvdiff.nn.attention import Attention
 
@@ -65,3 +66,18 @@ def test_cross_frame_attention_on_one_frame_is_spatial(awake: Callable[[nn.Modul
 def test_bad_channels(kind: type[Attention]) -> None:
     with pytest.raises(ValueError, match=rf"{kind.__name__}: x: expected shape"):
         kind(C)(torch.zeros(1, C + 4, 2, 3, 3))
+
+
+@pytest.mark.parametrize(("side", "kernel"), [(16, True), (17, False)])
+def test_few_tokens_go_to_the_kernel_over_frames(
+    side: int, kernel: bool, awake: Callable[[nn.Module], nn.Module]
+) -> None:
+    """On a CPU in float32, where it was measured; never under the reference, nor under autocast."""
+    module, x = awake(SpatialAttention(C, None, HEADS, DIM)), torch.randn(1, C, 2, side, side)
+    assert [walk.chosen for walk in dispatch.trace(module, x)] == (["cpu"] if kernel else [])
+    with dispatch.use_impl("reference"):
+        assert not dispatch.trace(module, x)
+        expected = module(x)
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not dispatch.trace(module, x)
