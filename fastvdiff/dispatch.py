@@ -178,6 +178,11 @@ def choose(op: str, facts: Facts, impl: str | None = None, *, record: bool = Tru
     raise AssertionError(f"{op}: the reference refused a call")
 
 
+def watched() -> bool:
+    """Whether somebody has asked for an implementation, or to see how calls are decided."""
+    return bool(_state.forced) or _state.walks is not None
+
+
 def would_run(op: str, facts: Facts) -> str:
     """The name of what would run a call with these facts; "reference" where what is asked for does not support it."""
     asked = _state.forced.get(op)

@@ -14,6 +14,36 @@ __all__ = ["Geometry", "forward", "input_gradient", "weight_gradient"]
 _Optional = torch.Tensor | None
 
 
+class Call:
+    """A forward whose result, sizes, strides and workspace are worked out: for all tensors that lie like these.
+
+    What it is called with is as `forward` makes it: the parameters float32, `bias` contiguous, `channel_bias` likewise,
+    as (B, 1 or T_out, C_out).
+    """
+
+    def __init__(
+        self, x: torch.Tensor, weight: torch.Tensor, channel_bias: _Optional, residual: _Optional, geometry: Geometry,
+        out_size: tuple[int, ...], channels_last: bool,
+    ) -> None:  # fmt: skip
+        self._shape = (x.shape[0], weight.shape[0], *out_size)
+        self._format = torch.channels_last_3d if channels_last else torch.contiguous_format
+        frames = 1 if channel_bias is None else channel_bias.shape[1]
+        self._numbers = _numbers(x, weight, tuple(out_size), geometry.padding[::2], geometry.replicate, frames)
+        y = torch.empty(self._shape, dtype=x.dtype, device="meta", memory_format=self._format)
+        self._strides = _strides(x, weight, y, residual)
+        self._workspace = library().conv3d_workspace(self._numbers)
+
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: _Optional, channel_bias: _Optional, residual: _Optional
+    ) -> torch.Tensor:
+        """The result."""
+        y = torch.empty(self._shape, dtype=x.dtype, device="cpu", memory_format=self._format)
+        workspace = torch.empty(self._workspace, dtype=torch.float32, device="cpu")
+        addresses = tuple(map(address, (x, weight, bias, channel_bias, residual, y, workspace)))
+        library().conv3d_forward(self._numbers, addresses, self._strides)
+        return y
+
+
 def forward(
     x: torch.Tensor, weight: torch.Tensor, bias: _Optional, geometry: Geometry, prefix: None, channel_bias: _Optional,
     residual: _Optional, stats_groups: int, out_size: tuple[int, ...], channels_last: bool,
@@ -21,16 +51,16 @@ def forward(
     """The result, in channels_last_3d if asked for, and no statistics: the op works those out (`stats_groups` is 0)."""
     assert prefix is None
     assert not stats_groups
-    y = empty((x.shape[0], weight.shape[0], *out_size), x, channels_last)
-    if y.numel():
-        by_frame = channel_bias
-        if channel_bias is not None:
-            by_frame = wide(channel_bias.unsqueeze(1) if channel_bias.dim() == 2 else channel_bias.transpose(1, 2))
-        frames = 1 if by_frame is None else by_frame.shape[1]
-        if residual is not None:
-            residual = residual.to(x.dtype)
-        _run(x, weight, y, geometry.padding[::2], geometry.replicate, bias, by_frame, residual, frames)
-    return y, x.new_empty((x.shape[0], 0, 2), dtype=torch.float32)
+    statistics = x.new_empty((x.shape[0], 0, 2), dtype=torch.float32)
+    if 0 in x.shape[:1] or 0 in out_size:
+        return empty((x.shape[0], weight.shape[0], *out_size), x, channels_last), statistics
+    if channel_bias is not None:
+        channel_bias = wide(channel_bias.unsqueeze(1) if channel_bias.dim() == 2 else channel_bias.transpose(1, 2))
+    if residual is not None:
+        residual = residual.to(x.dtype)
+    weight = weight.detach().to(torch.float32)
+    call = Call(x, weight, channel_bias, residual, geometry, out_size, channels_last)
+    return call(x, weight, wide(bias), channel_bias, residual), statistics
 
 
 def input_gradient(
@@ -40,7 +70,11 @@ def input_gradient(
     dx = torch.empty_like(x)
     if dx.numel():
         before = tuple(k - 1 - p for k, p in zip(weight.shape[2:], geometry.padding[::2], strict=True))
-        _run(grad, weight.transpose(0, 1), dx, before, (False,) * 3, flipped=True)
+        weight = weight.detach().to(torch.float32).transpose(0, 1)
+        numbers = _numbers(grad, weight, tuple(dx.shape[2:]), before, (False,) * 3, flipped=True)
+        workspace = torch.empty(library().conv3d_workspace(numbers), dtype=torch.float32, device="cpu")
+        addresses = tuple(map(address, (grad, weight, None, None, None, dx, workspace)))
+        library().conv3d_forward(numbers, addresses, _strides(grad, weight, dx, None))
     return dx, None
 
 
@@ -58,19 +92,8 @@ def weight_gradient(
     return sums.to(weight.dtype)
 
 
-def _run(
-    x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, before: tuple[int, ...], replicate: tuple[bool, ...],
-    bias: _Optional = None, channel_bias: _Optional = None, residual: _Optional = None, bias_frames: int = 1,
-    flipped: bool = False,
-) -> None:  # fmt: skip
-    """y = conv(x, weight) + bias + channel_bias + residual; any strides."""
-    weight, bias = weight.detach().to(torch.float32), wide(bias)
-    numbers = _numbers(x, weight, tuple(y.shape[2:]), before, replicate, bias_frames, flipped)
-    workspace = torch.empty(library().conv3d_workspace(numbers), dtype=torch.float32, device="cpu")
-    addresses = tuple(address(t) for t in (x, weight, bias, channel_bias, residual, y, workspace))
-    none = (0,) * 5
-    strides = (x.stride(), weight.stride(), y.stride(), none if residual is None else residual.stride())
-    library().conv3d_forward(numbers, addresses, strides)
+def _strides(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, residual: _Optional) -> tuple[Any, ...]:
+    return x.stride(), weight.stride(), y.stride(), (0,) * 5 if residual is None else residual.stride()
 
 
 def _numbers(

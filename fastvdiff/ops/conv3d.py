@@ -91,6 +91,11 @@ def conv3d(
 
     Source: Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308 ("cpu_winograd").
     """
+    key = None
+    if prefix is None and not stats_groups:
+        key = _key(x, weight, bias, channel_bias, residual, stride, padding, dilation, groups, padding_mode, impl)
+    if key in _CALLS:
+        return _CALLS[key](x, weight, bias, channel_bias, residual)
     out_sizes = check(_OP, x, weight, bias, stride, padding, dilation, groups, padding_mode, prefix, channel_bias,
                       residual, stats_groups)  # fmt: skip
     x = x.to(registration.autocast_dtype(x))
@@ -101,9 +106,49 @@ def conv3d(
                      prefix is not None, stats_groups > 0),
     )  # fmt: skip
     chosen = dispatch.choose(_OP, facts, impl)
+    if key is not None and chosen.name == "cpu_winograd" and x.shape[0]:
+        _remember(key, x, weight, channel_bias, residual, padding, padding_mode, out_sizes)
     with registration.without_autocast(x):
         return chosen.call(x, weight, bias, stride, padding, dilation, groups, padding_mode, prefix, channel_bias,
                            residual, stats_groups)  # fmt: skip
+
+
+# ---- calls that come again -------------------------------------------------------------------------------------------
+
+_CALLS: dict[Any, Callable[..., torch.Tensor]] = {}
+_MOST_CALLS = 1024
+
+
+def _key(
+    x: torch.Tensor, weight: torch.Tensor, bias: Any, channel_bias: Any, residual: Any, *options: Any
+) -> tuple[Any, ...] | None:
+    """All that a plain call on a CPU depends on but its tensors' values; None for any other call.
+
+    Plain: float32, no gradient, nobody watching. A network asks for the same convolutions in every step, and to check,
+    choose and prepare one costs as much time as 10 MFLOP.
+    """
+    if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or not x.is_cpu:
+        return None
+    tensors = tuple(t for t in (x, weight, bias, channel_bias, residual) if t is not None)
+    if not registration.plain(tensors) or dispatch.watched():
+        return None
+    if any(t is not None and (t.dim() > 2 or not t.is_contiguous()) for t in (bias, channel_bias)):
+        return None
+    places = tuple(None if t is None else (t.shape, t.stride()) for t in (x, weight, bias, channel_bias, residual))
+    return (*places, repr(options), torch.get_num_threads(), registration.isa())  # 1 and 1.0 are two options
+
+
+def _remember(
+    key: tuple[Any, ...], x: torch.Tensor, weight: torch.Tensor, channel_bias: Any, residual: Any, padding: Any,
+    padding_mode: Any, out_sizes: tuple[int, int, int],
+) -> None:  # fmt: skip
+    """From now on a call of this key goes straight to the kernel."""
+    if len(_CALLS) >= _MOST_CALLS:
+        _CALLS.clear()
+    kernels = registration.backend("cpu_winograd", _OP)
+    geometry = kernels.Geometry(*map(tuple, geometry_of(weight, 1, padding, 1, padding_mode)))
+    by_frame = None if channel_bias is None else channel_bias[:, None]
+    _CALLS[key] = kernels.Call(x, weight, by_frame, residual, geometry, out_sizes, is_channels_last(x, weight))
 
 
 def check(

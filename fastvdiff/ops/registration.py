@@ -102,6 +102,23 @@ def below_autograd(op: Any, *args: Any) -> Any:
         return op(*args)
 
 
+def plain(tensors: tuple[Any, ...]) -> bool:
+    """Whether an eager call on them is only its numbers: float32, no gradient, no transform, nobody to see it."""
+    return (
+        _BYPASS
+        and _unobserved()
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
+        and all(type(t) in _TENSORS and t.is_cpu and t.dtype is torch.float32 and not t.is_neg() for t in tensors)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    )
+
+
+def isa() -> int:
+    """The instruction set that the C++ kernels run on, as a number."""
+    return importlib.import_module(_NATIVE).library().current_isa()
+
+
 def _unobserved() -> bool:
     """Whether no mode, transform, tracer or profiler wants to see the calls that are made."""
     return not (

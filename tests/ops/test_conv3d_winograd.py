@@ -168,6 +168,31 @@ def test_compiled_whole(kernel: tuple[int, ...]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_a_call_that_comes_again() -> None:
+    """It goes straight to the kernel and gives the same bits; whatever differs is checked and chosen anew."""
+    calls = case(32, 48, (4, 8, 8), (1, 3, 3), channel_bias=2)
+    named = {**tensors_of(calls), "padding": "same"}
+    with torch.no_grad():
+        first = conv3d(**named)
+        assert torch.equal(conv3d(**named), first)
+        other = {**named, "x": named["x"] + 1, "residual": named["residual"] * 2, "bias": named["bias"] - 1}
+        assert torch.equal(conv3d(**other), conv3d(**other, impl="cpu_winograd"))
+        assert dispatch.trace(conv3d, **named)[0].chosen == "cpu_winograd"
+        with dispatch.use_impl("reference"):
+            torch.testing.assert_close(conv3d(**named), first, rtol=1e-4, atol=1e-4)
+        for isa in native.available_isas():
+            with native.use_isa(isa):
+                torch.testing.assert_close(conv3d(**named), first, rtol=1e-4, atol=1e-4)
+        wrong = {"stride": 1.0, "bias": named["bias"][:-1], "padding": [1, 1]}
+        for name, value in wrong.items():
+            with pytest.raises((ValueError, TypeError), match=f"conv3d: {name}: expected"):
+                conv3d(**{**named, name: value})
+    x = named["x"].detach().requires_grad_()
+    y = conv3d(**{**named, "x": x})
+    assert torch.equal(y, first)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
 def test_autocast() -> None:
     x, weight = laid_out(torch.randn(1, 16, 4, 8, 8), "channels_last").requires_grad_(), torch.randn(16, 16, 1, 3, 3)
     with torch.autocast("cpu", torch.bfloat16):
