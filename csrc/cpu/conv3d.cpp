@@ -5,8 +5,8 @@
 //   into vectors of channels first, whole lines at a time (struct Run): read tile by tile, the lines of 16 channels, a
 //   power of 2 apart, drove each other out of the first cache, and contiguous tensors took a third longer.
 // Work split: tiles of 4 x 4 outputs (4 over time); a worker multiplies the points of some tiles (36 or 6 planes of tiles
-//   x channels) by those of some output channels, plane by plane: few tiles and all channels, or, where the weight's
-//   points are more than the last cache holds, many tiles and kPanel channels (struct Sizes).
+//   x channels) by those of some output channels, plane by plane: some tiles and all channels, or, where the weight's
+//   points are many beside the tiles', kPanel channels and as many tiles as there are (struct Sizes).
 // Traffic: x 2.25 times (1.5 over time) from the caches, once from memory; y once; the weight's points, 4 times the weight
 //   (twice over time), once for each set of tiles, from a cache.
 // Precision: float32 throughout, rounded to the dtype of y once; see conv3d_winograd.h for the points.
@@ -16,10 +16,9 @@
 FASTVDIFF_BEGIN_ISA
 namespace {
 
-// How a call is cut, in floats. Where few output channels' points stay in the second cache beside those of many tiles, all
-// are made once, and a worker takes kTiles tiles with every output channel. Else, and with few tiles, a worker takes kPanel
-// output channels, whose points it makes for itself and uses at once, with `chunk` tiles, whose points are made before by
-// all.
+// How a call is cut, in floats. Where all of the weight's points are few and the tiles are many, they are made once, and a
+// worker takes kTiles tiles with every output channel. Else a worker takes kPanel output channels, whose points it makes for
+// itself, in memory that stays in its second cache, with `chunk` tiles, whose points are made before by all.
 template <class Tile>
 struct Sizes {
   static constexpr int64_t kCachedWeight = 1 << 20, kCachedInput = 1 << 20, kFewTiles = 4 * Tile::kTiles;
