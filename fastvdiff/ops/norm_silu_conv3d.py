@@ -320,11 +320,15 @@ def _backward(
 def _direct_input_gradient(grad: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, geometry: Any) -> torch.Tensor:
     """oneDNN's: where the gradient of the norm's bias or shift sums what cancels, filtering rounds too much.
 
-    For what is `_plainly_padded`.
+    For what is `_plainly_padded`, at stride 1: the flipped kernel over grad, by the reference's choice of views; torch's
+    own gradient of one small clip takes im2col.
     """
+    weight, padding = weight.to(h.dtype), geometry.padding[::2]
+    around = [k - 1 - p for k, p in zip(weight.shape[2:], padding, strict=True)]
+    if min(around) >= 0:
+        return _reference_conv3d(grad, weight.flip(2, 3, 4).transpose(0, 1), None, padding=around)
     return torch.ops.aten.convolution_backward(
-        grad, h, weight.to(h.dtype), None, geometry.stride, geometry.padding[::2], geometry.dilation, False, (0, 0, 0),
-        1, (True, False, False),
+        grad, h, weight, None, geometry.stride, padding, geometry.dilation, False, (0, 0, 0), 1, (True, False, False)
     )[0]  # fmt: skip
 
 
