@@ -320,8 +320,8 @@ def _backward(
 def _direct_input_gradient(grad: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, geometry: Any) -> torch.Tensor:
     """oneDNN's: where the gradient of the norm's bias or shift sums what cancels, filtering rounds too much.
 
-    For what is `_plainly_padded`, at stride 1: the flipped kernel over grad, by the reference's choice of views; torch's
-    own gradient of one small clip takes im2col.
+    For what is `_plainly_padded`, at stride 1: the flipped kernel over grad, by the reference's choice of views. torch
+    takes im2col for the gradient of one small clip.
     """
     weight, padding = weight.to(h.dtype), geometry.padding[::2]
     around = [k - 1 - p for k, p in zip(weight.shape[2:], padding, strict=True)]
