@@ -25,7 +25,7 @@ from .conv3d import (
     shape_of,
     with_statistics,
 )
-from .conv3d import check as check_convolution
+from .conv3d_checks import convolution as check_convolution
 from .conv3d_facts import on_cuda, options_of, race_class, size_keeping
 from .group_norm_silu import group_norm_silu
 

@@ -109,7 +109,7 @@ def plain(tensors: tuple[Any, ...]) -> bool:
         and _unobserved()
         and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
-        and all(type(t) in _TENSORS and t.is_cpu and t.dtype is torch.float32 and not t.is_neg() for t in tensors)
+        and all(_ordinary(t) and t.is_cpu and t.dtype is torch.float32 for t in tensors)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
     )
 
